@@ -32,7 +32,11 @@ type task struct {
 	Memfd   string // /proc/PID/fd/N of the parent's memory file
 	TCP     string // an address that the parent listens on
 	Target  int    // the process that an attacker attacks
+	Foreign bool   // try a call of another architecture, which a kernel without them answers with a signal
 }
+
+// foreignCall makes a call of another architecture, where there is one.
+var foreignCall func() error
 
 // seen is what a child reports: for every attempt "ok" or the name of the error.
 type seen struct {
@@ -41,11 +45,11 @@ type seen struct {
 	Attempts  map[string]string
 	Dumpable  bool
 	CoreMax   uint64
-	NoNewPriv int // threads with no_new_privs, of Threads
-	Filtered  int // threads with a seccomp filter
 	Threads   int
-	SecretAt  int64 // address of key bytes in secret memory, 0 without
-	HeapAt    int64 // address of the same bytes on the Go heap
+	NoNewPriv int            // threads with no_new_privs
+	Filters   map[string]int // threads by their number of seccomp filters
+	SecretAt  int64          // address of key bytes in secret memory, 0 without
+	HeapAt    int64          // address of the same bytes on the Go heap
 }
 
 const (
@@ -101,6 +105,9 @@ func observe(saw *seen, do task) *[]byte {
 	saw.Attempts = map[string]string{}
 	for name, attempt := range attempts(do) {
 		saw.Attempts[name] = outcome(attempt())
+	}
+	if do.Foreign {
+		saw.Attempts["foreign call"] = outcome(foreignCall())
 	}
 	saw.Dumpable = dumpable()
 	var core unix.Rlimit
@@ -194,6 +201,7 @@ func outcome(err error) string {
 }
 
 func countThreads(saw *seen) {
+	saw.Filters = map[string]int{}
 	tasks, _ := filepath.Glob("/proc/self/task/*/status")
 	for _, task := range tasks {
 		status, err := os.ReadFile(task)
@@ -202,7 +210,9 @@ func countThreads(saw *seen) {
 		}
 		saw.Threads++
 		saw.NoNewPriv += strings.Count(string(status), "\nNoNewPrivs:\t1\n")
-		saw.Filtered += strings.Count(string(status), "\nSeccomp:\t2\n")
+		_, after, _ := strings.Cut(string(status), "\nSeccomp_filters:\t")
+		filters, _, _ := strings.Cut(after, "\n")
+		saw.Filters[filters]++
 	}
 }
 

@@ -109,7 +109,7 @@ func confineFiles(opt Options) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	got := fmt.Sprintf("files are read-only outside %d directories", len(opt.WritableDirs))
+	got := "files are read-only outside the writable directories"
 	if version >= 4 {
 		got += ", no TCP"
 	}
