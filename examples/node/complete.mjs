@@ -1,25 +1,24 @@
 // Prints a greedy completion of PROMPT, N tokens long, by node-llama-cpp on the CPU:
 //
 //     npm install node-llama-cpp
-//     node complete.mjs MODEL PROMPT N
+//     node complete.mjs MODEL PROMPT N [THREADS]
 //
+// One thread unless told: the demo model is too small to gain from more.
 // Nothing in it knows of kvshield. Shielded:
 //
 //     kvshield run -- node complete.mjs MODEL PROMPT N
-import {availableParallelism} from "node:os";
 import {getLlama, LlamaCompletion, LlamaLogLevel} from "node-llama-cpp";
 
-const [modelPath, prompt, tokens] = process.argv.slice(2);
-const maxTokens = Number(tokens);
-if (!Number.isInteger(maxTokens) || maxTokens < 1) {
-    console.error("usage: node complete.mjs MODEL PROMPT N");
+const [modelPath, prompt, ...numbers] = process.argv.slice(2);
+const [maxTokens, threads = 1] = numbers.map(Number);
+if (!(maxTokens >= 1 && threads >= 1)) {
+    console.error("usage: node complete.mjs MODEL PROMPT N [THREADS]");
     process.exit(2);
 }
 
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
 const model = await llama.loadModel({modelPath});
-// More threads than cores wait for each other most of the time.
-const context = await model.createContext({contextSize: 1024, threads: availableParallelism()});
+const context = await model.createContext({contextSize: 1024, threads});
 const completion = new LlamaCompletion({contextSequence: context.getSequence()});
 
 console.log(await completion.generateCompletion(prompt, {maxTokens, temperature: 0}));
