@@ -6,7 +6,12 @@ import (
 	"io"
 )
 
-const window = 64 << 10
+const (
+	window = 64 << 10
+
+	// maxHeader is many times what the largest vocabularies take, and read in well under a second.
+	maxHeader = 128 << 20
+)
 
 // cursor walks forward through a file with one window of it in memory. Every length is checked
 // against what is left of the file before anything is done with it.
@@ -24,10 +29,13 @@ func newCursor(r io.ReaderAt, size int64) *cursor {
 
 func (c *cursor) left() uint64 { return uint64(c.size - c.pos) }
 
-// claim fails unless n more bytes are in the file.
+// claim fails unless n more bytes are in the file, and in what a header may be.
 func (c *cursor) claim(n uint64) error {
 	if n > c.left() {
 		return fail(ErrTruncated, c.pos, "%d bytes are needed, %d are left in the file", n, c.left())
+	}
+	if n > maxHeader || c.pos+int64(n) > maxHeader {
+		return fail(ErrUnsupported, c.pos, "header of more than %d MiB", maxHeader>>20)
 	}
 	return nil
 }

@@ -176,6 +176,18 @@ func TestParseRefusesHostileFiles(t *testing.T) {
 	}
 }
 
+// Sparse files claim much and hold nothing; the time a header takes must not follow the claim.
+func TestParseBoundsTheHeader(t *testing.T) {
+	for name, header := range map[string]*raw{
+		"strings":  key().u32(9).u32(8).u64(1 << 36),
+		"bytes":    key().u32(9).u32(0).u64(1 << 39),
+		"one text": key().u32(8).u64(1 << 39),
+	} {
+		_, err := gguf.Parse(filled{header.Bytes(), 1 << 40}, 1<<40)
+		checkSays(t, name, err, gguf.ErrUnsupported, "header of more than 128 MiB")
+	}
+}
+
 func TestParseAllocatesLittleForLargeClaims(t *testing.T) {
 	for _, h := range hostileFiles() {
 		t.Run(h.name, func(t *testing.T) {
