@@ -43,16 +43,21 @@ need_tools() {
 	done
 }
 
-# archives prints each configured archive that has a component main, and the file that says so.
+# archives prints the address of each archive in the machine's configuration. It asks for what an update
+# would fetch, because apt-get indextargets knows nothing before the first update.
 archives() {
-	# shellcheck disable=SC2016 # apt-get fills these in
-	apt-get indextargets --format '$(REPO_URI) $(SOURCESENTRY)' \
-		"MetaKey: main/binary-$(dpkg --print-architecture)/Packages" | awk '!seen[$1]++'
+	apt-get -o Debug::NoLocking=1 update --print-uris |
+		sed -n "s|^'\(.*/\)dists/[^']*/InRelease'.*|\1|p" | awk '!seen[$0]++'
 }
 
-# keyring FILE prints the keyring that a sources file names, else Debian's own, else nothing.
+# keyring URI prints the keyring that the machine's sources name for an archive, else Debian's own, else
+# nothing.
 keyring() {
-	for ring in $(sed -n 's/.*[Ss]igned-[Bb]y[=:] *\(\/[^] ]*\).*/\1/p' "$1" 2>/dev/null) \
+	dir=/etc/apt
+	eval "$(apt-config shell dir Dir::Etc/f)"
+	find "$dir/sources.list" "$dir/sources.list.d" -type f -exec grep -lF "${1%/}" {} + \
+		>"$work/sources" 2>/dev/null || :
+	for ring in $(xargs -d '\n' -r sed -n 's/.*[Ss]igned-[Bb]y[=:] *\(\/[^] ]*\).*/\1/p' <"$work/sources") \
 		/usr/share/keyrings/debian-archive-keyring.gpg; do
 		if [ -r "$ring" ]; then
 			printf '%s' "$ring"
@@ -103,9 +108,9 @@ download() {
 	mkdir "$apt"
 	archives >"$work/archives"
 	write_apt_config
-	while read -r uri entry; do
-		say "asking $uri for suite $suite"
-		if download_from "$uri" "$(keyring "${entry%:*}")"; then return; fi
+	say "downloading from suite $suite"
+	while read -r uri; do
+		if download_from "$uri" "$(keyring "$uri")"; then return; fi
 	done <"$work/archives"
 	[ ! -s "$apt/log" ] || tail -n 5 "$apt/log" >&2
 	[ -s "$work/archives" ] || die "apt has no archive configured: add a Debian archive to its sources"
