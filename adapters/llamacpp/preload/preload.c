@@ -1,0 +1,221 @@
+/*
+ * The preload build of the hook: defines the functions that libllama calls across a shared-library
+ * boundary, so that the dynamic linker hands them to kvshield first. Nothing runs before one of them is
+ * called: in a process without libllama this library is inert.
+ *
+ * The real functions are found through the caller, not with RTLD_NEXT: hosts such as Node and Python load
+ * libllama with local scope, where RTLD_NEXT does not see it.
+ */
+#define _GNU_SOURCE
+#include "kvs.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAX_CALLERS 32
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct kvs_ggml callers[MAX_CALLERS];
+static size_t count;
+
+static void *look_up(void *handle, const char *name, const void *own, bool required)
+{
+    void *real = handle ? dlsym(handle, name) : NULL;
+    if (!real || real == own)
+        real = dlsym(RTLD_NEXT, name);
+    if ((!real || real == own) && required)
+        kvs_die("this engine's ggml has no function %s; kvshield does not know this version of llama.cpp", name);
+    return real == own ? NULL : real;
+}
+
+EXPORT struct gguf_context *gguf_init_from_file(const char *, struct kvs_gguf_init_params);
+EXPORT struct gguf_context *gguf_init_from_file_ptr(FILE *, struct kvs_gguf_init_params);
+EXPORT FILE *ggml_fopen(const char *, const char *);
+EXPORT void ggml_backend_sched_set_eval_callback(void *, kvs_eval_callback, void *);
+EXPORT int ggml_backend_sched_graph_compute_async(void *, struct ggml_cgraph *);
+EXPORT uint32_t llama_model_quantize(const char *, const char *, const void *);
+
+static void resolve(struct kvs_ggml *g, void *h)
+{
+#define GET(member, name, own, required) \
+    *(void **)(void *)&g->member = look_up(h, name, (const void *)(uintptr_t)(own), required)
+    GET(version, "ggml_version", NULL, true);
+    GET(init, "ggml_init", NULL, true);
+    GET(free, "ggml_free", NULL, true);
+    GET(new_tensor_2d, "ggml_new_tensor_2d", NULL, true);
+    GET(mul_mat, "ggml_mul_mat", NULL, true);
+    GET(reshape_2d, "ggml_reshape_2d", NULL, true);
+    GET(get_name, "ggml_get_name", NULL, true);
+    GET(set_name, "ggml_set_name", NULL, true);
+    GET(op_desc, "ggml_op_desc", NULL, true);
+    GET(nbytes, "ggml_nbytes", NULL, true);
+    GET(is_contiguous, "ggml_is_contiguous", NULL, true);
+    GET(graph_n_nodes, "ggml_graph_n_nodes", NULL, true);
+    GET(graph_node, "ggml_graph_node", NULL, true);
+    GET(tensor_get, "ggml_backend_tensor_get", NULL, true);
+    GET(tensor_set, "ggml_backend_tensor_set", NULL, true);
+    GET(set_eval_callback, "ggml_backend_sched_set_eval_callback", ggml_backend_sched_set_eval_callback, true);
+    GET(graph_compute_async, "ggml_backend_sched_graph_compute_async", ggml_backend_sched_graph_compute_async, true);
+    GET(gguf_init_from_file, "gguf_init_from_file", gguf_init_from_file, true);
+    GET(gguf_init_from_file_ptr, "gguf_init_from_file_ptr", gguf_init_from_file_ptr, false);
+    GET(fopen, "ggml_fopen", ggml_fopen, true);
+#undef GET
+}
+
+/* Whether `handle` is libllama itself, loaded at `base`, and not something that merely links to it. */
+static bool is_llama(void *handle, const void *base)
+{
+    void *load = handle ? dlsym(handle, "llama_model_load_from_file") : NULL;
+    if (handle && !load)
+        load = dlsym(handle, "llama_load_model_from_file"); /* its name until 2025 */
+    Dl_info at;
+    return load && dladdr(load, &at) && at.dli_fbase == base;
+}
+
+/* The ggml that the code at `address` uses. Looked up once for each library that calls. */
+static struct kvs_ggml *ggml_of(const void *address)
+{
+    Dl_info at;
+    if (!dladdr(address, &at))
+        kvs_die("a call into ggml comes from no library; kvshield cannot follow generated code");
+    pthread_mutex_lock(&lock);
+    struct kvs_ggml *g = NULL;
+    for (size_t i = 0; i < count && !g; i++)
+        if (callers[i].caller == at.dli_fbase)
+            g = &callers[i];
+    if (!g) {
+        if (count == MAX_CALLERS)
+            kvs_die("more than %d libraries of this program call ggml", MAX_CALLERS);
+        void *handle = dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+        g = &callers[count];
+        resolve(g, handle);
+        g->caller = at.dli_fbase;
+        g->is_llama = is_llama(handle, at.dli_fbase);
+        if (!kvs_layout_find(g))
+            kvs_die("the tensor layout of this engine's ggml (%s) is not one that kvshield understands", g->version());
+        count++;
+    }
+    pthread_mutex_unlock(&lock);
+    return g;
+}
+#define CALLER() ggml_of(__builtin_return_address(0))
+
+/* Opened again under another name, or under the memory file's own: not the engine's first look at a model. */
+static bool is_own_path(const char *path)
+{
+    return strncmp(path, "/proc/self/fd/", 14) == 0;
+}
+
+struct gguf_context *gguf_init_from_file(const char *path, struct kvs_gguf_init_params params)
+{
+    struct kvs_ggml *g = CALLER();
+    if (!g->is_llama || !path || is_own_path(path))
+        return g->gguf_init_from_file(path, params);
+    kvs_session_begin(g->version());
+    struct kvs_model *m;
+    bool refused;
+    if (kvs_exchange(path, &m, &refused)) {
+        char shielded[64];
+        kvs_model_path(m, shielded, sizeof shielded);
+        return g->gguf_init_from_file(shielded, params);
+    }
+    if (refused) {
+        errno = EPERM;
+        return NULL;
+    }
+    return g->gguf_init_from_file(path, params);
+}
+
+struct gguf_context *gguf_init_from_file_ptr(FILE *file, struct kvs_gguf_init_params params)
+{
+    struct kvs_ggml *g = CALLER();
+    bool refused = false;
+    if (g->is_llama && file) {
+        kvs_session_begin(g->version());
+        kvs_exchange_fd(fileno(file), &refused);
+    }
+    if (refused) {
+        errno = EPERM;
+        return NULL;
+    }
+    return g->gguf_init_from_file_ptr(file, params);
+}
+
+FILE *ggml_fopen(const char *path, const char *mode)
+{
+    struct kvs_ggml *g = CALLER();
+    struct kvs_model *m = g->is_llama && path ? kvs_exchanged(path) : NULL;
+    if (!m)
+        return g->fopen(path, mode);
+    if (m->used || strchr(mode, 'w') || strchr(mode, '+') || strchr(mode, 'a')) {
+        kvs_say("%s: opened in a way that kvshield does not know, after it was shielded: refused", path);
+        errno = EPERM;
+        return NULL;
+    }
+    char shielded[64];
+    kvs_model_path(m, shielded, sizeof shielded);
+    return g->fopen(shielded, mode);
+}
+
+/*
+ * libllama opens a model for direct I/O by its path, past ggml_fopen. Told that this is not to be
+ * had, it falls back to ggml_fopen.
+ */
+static bool is_direct_open_of_model(const char *path, int flags)
+{
+    return (flags & O_DIRECT) && path && kvs_exchanged(path);
+}
+
+#define DEFINE_OPEN(name)                                                                          \
+    EXPORT int name(const char *path, int flags, ...)                                              \
+    {                                                                                              \
+        static int (*real)(const char *, int, ...);                                                \
+        mode_t mode = 0;                                                                           \
+        if (((flags) & O_CREAT) || ((flags) & O_TMPFILE) == O_TMPFILE) {                                                            \
+            va_list args;                                                                          \
+            va_start(args, flags);                                                                 \
+            mode = va_arg(args, mode_t);                                                           \
+            va_end(args);                                                                          \
+        }                                                                                          \
+        if (!real)                                                                                 \
+            *(void **)(void *)&real = dlsym(RTLD_NEXT, #name);                                     \
+        if (is_direct_open_of_model(path, flags)) {                                                \
+            errno = EINVAL;                                                                        \
+            return -1;                                                                             \
+        }                                                                                          \
+        return real(path, flags, mode);                                                            \
+    }
+DEFINE_OPEN(open)
+DEFINE_OPEN(open64)
+
+void ggml_backend_sched_set_eval_callback(void *sched, kvs_eval_callback callback, void *user)
+{
+    kvs_host_callback(CALLER(), sched, callback, user);
+}
+
+int ggml_backend_sched_graph_compute_async(void *sched, struct ggml_cgraph *graph)
+{
+    struct kvs_ggml *g = CALLER();
+    /* Scheduled by ggml itself on behalf of a projector, or by a library that is not libllama. */
+    if (!g->is_llama)
+        return g->graph_compute_async(sched, graph);
+    kvs_session_begin(g->version());
+    return kvs_graph_compute(g, sched, graph);
+}
+
+/* Quantising under the shield would write a model with permuted weights to disk. */
+uint32_t llama_model_quantize(const char *in, const char *out, const void *params)
+{
+    (void)out;
+    (void)params;
+    kvs_say("%s: quantising under the shield would write permuted weights; run llama-quantize without kvshield",
+            in ? in : "model");
+    return 1;
+}

@@ -1,0 +1,201 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/kvshield/kvshield/enclave"
+	"github.com/kvshield/kvshield/hooks/dataplane"
+	"github.com/kvshield/kvshield/hooks/session"
+	"github.com/kvshield/kvshield/plugin"
+)
+
+const detachWithin = 5 * time.Second
+
+// engine is one process that said hello.
+type engine struct {
+	enclave *plugin.Client
+	plane   uint32
+	region  *dataplane.Region // nil with the socket transport
+	sets    []*modelSet
+}
+
+func (e *engine) statistics() dataplane.Statistics {
+	if e.region == nil {
+		return dataplane.Statistics{}
+	}
+	return e.region.Statistics()
+}
+
+// Hello implements session.Handler.
+func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello) (session.Welcome, *os.File, error) {
+	c, err := s.client()
+	if err != nil {
+		return session.Welcome{}, nil, err
+	}
+	e := &engine{enclave: c}
+	var file *os.File
+	if s.cfg.Transport == session.Socket {
+		file, err = s.attachSocket(ctx, e)
+	} else {
+		file, err = s.attachShared(ctx, e)
+	}
+	if err != nil {
+		return session.Welcome{}, nil, err
+	}
+	s.mu.Lock()
+	s.engines[p] = e
+	s.mu.Unlock()
+	s.cfg.Log.Debug("an engine said hello", "pid", p.PID, "ggml", h.Version)
+	return session.Welcome{Transport: s.cfg.Transport, Capacity: s.cfg.Capacity,
+		SpinMicro: uint32(s.cfg.Spin.Microseconds()), TimeoutMS: uint32(s.cfg.Timeout.Milliseconds())}, file, nil
+}
+
+func (s *Supervisor) attachShared(ctx context.Context, e *engine) (*os.File, error) {
+	f, err := dataplane.Create(s.cfg.Capacity)
+	if err != nil {
+		return nil, err
+	}
+	plane, err := e.enclave.AttachShared(ctx, ownPath(f), s.cfg.Spin)
+	if err == nil {
+		e.plane = plane.ID
+		e.region, err = dataplane.Map(f)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (s *Supervisor) attachSocket(ctx context.Context, e *engine) (*os.File, error) {
+	plane, err := e.enclave.AttachSocket(ctx, s.cfg.Capacity)
+	if err != nil {
+		return nil, err
+	}
+	e.plane = plane.ID
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: plane.Address, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("cannot reach the enclave's data plane: %w", err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write(plane.Token); err != nil {
+		return nil, fmt.Errorf("cannot reach the enclave's data plane: %w", err)
+	}
+	return conn.File()
+}
+
+// ownPath names a file of ours so that the enclave process can open it.
+func ownPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
+
+// Open implements session.Handler.
+func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, model *os.File) (session.Opened, *os.File, error) {
+	s.mu.Lock()
+	e := s.engines[p]
+	s.mu.Unlock()
+	if e == nil {
+		return session.Opened{}, nil, errors.New("said no hello")
+	}
+	opened, file, err := e.open(ctx, path, model)
+	s.mu.Lock()
+	switch {
+	case err != nil:
+		s.events.Refusals = append(s.events.Refusals, fmt.Sprintf("%s: %v", path, err))
+	case opened.Shield:
+		s.events.Shielded++
+	default:
+		s.events.Passed++
+	}
+	s.mu.Unlock()
+	s.cfg.Log.Debug("an engine opened a model", "pid", p.PID, "model", filepath.Base(path), "shielded", opened.Shield, "error", err)
+	return opened, file, err
+}
+
+func (e *engine) open(ctx context.Context, path string, model *os.File) (session.Opened, *os.File, error) {
+	if f, set := e.laterSplit(path); f != nil {
+		return set.opened, f, nil
+	}
+	set, err := loadSet(ctx, e.enclave, path, model)
+	if err != nil || set == nil {
+		return session.Opened{}, nil, err
+	}
+	if err := e.enclave.Grant(ctx, e.plane, set.id); err != nil {
+		set.discard()
+		return session.Opened{}, nil, err
+	}
+	e.sets = append(e.sets, set)
+	f, err := set.take(path)
+	return set.opened, f, err
+}
+
+// laterSplit returns the shielded file of a split whose set was loaded with an earlier one.
+func (e *engine) laterSplit(path string) (*os.File, *modelSet) {
+	for _, set := range e.sets {
+		if f, err := set.take(path); err == nil {
+			return f, set
+		}
+	}
+	return nil, nil
+}
+
+// Fatal implements session.Handler.
+func (s *Supervisor) Fatal(p *session.Peer, message string) {
+	s.mu.Lock()
+	s.events.Fatal = append(s.events.Fatal, message)
+	s.mu.Unlock()
+	s.cfg.Log.Error("a hook ended its engine", "pid", p.PID, "reason", message)
+}
+
+// Gone implements session.Handler.
+func (s *Supervisor) Gone(p *session.Peer) {
+	s.mu.Lock()
+	e := s.engines[p]
+	delete(s.engines, p)
+	if e != nil {
+		s.past.Add(e.statistics())
+	}
+	s.mu.Unlock()
+	if e != nil {
+		e.release(s.cfg.Log.Debug)
+	}
+}
+
+// release gives back what the enclave holds for an engine that is gone: its data plane and its keys.
+func (e *engine) release(log func(string, ...any)) {
+	ctx, cancel := context.WithTimeout(context.Background(), detachWithin)
+	defer cancel()
+	report := func(what string, err error) {
+		var gone *plugin.GoneError
+		if err != nil && !errors.As(err, &gone) {
+			log("an engine's rest could not be released", "what", what, "error", err)
+		}
+	}
+	report("data plane", e.enclave.Detach(ctx, e.plane))
+	for _, set := range e.sets {
+		set.discard()
+		report("model", e.enclave.Unload(ctx, set.id))
+	}
+	if e.region != nil {
+		report("region", e.region.Close())
+	}
+}
+
+var _ session.Handler = (*Supervisor)(nil)
+
+// Inspect says what would be done with the model at path.
+func (s *Supervisor) Inspect(ctx context.Context, path string) (enclave.Model, error) {
+	c, err := s.client()
+	if err != nil {
+		return enclave.Model{}, err
+	}
+	sources, err := splitSet(path)
+	if err != nil {
+		return enclave.Model{}, err
+	}
+	return c.Inspect(ctx, sources)
+}

@@ -1,0 +1,106 @@
+package supervisor
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	dirPrefix = "kvshield-"
+	lockName  = "lock"
+	// socketPathMax is what a Unix socket's path can have, less room for the longest name used below the directory.
+	socketPathMax = 107 - 48
+)
+
+// RuntimeDir is a directory closed to other users that holds the sockets of one run. It is removed at the end of the
+// run, by the enclave process if the supervisor was killed, or by the next run.
+type RuntimeDir struct {
+	root string
+	lock *os.File
+}
+
+// NewRuntimeDir makes one and removes those that dead runs of this user left.
+func NewRuntimeDir() (*RuntimeDir, error) {
+	base := runtimeBase()
+	removeStale(base)
+	root, err := os.MkdirTemp(base, dirPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a runtime directory: %w", err)
+	}
+	d := &RuntimeDir{root: root}
+	if d.lock, err = lock(root); err != nil {
+		os.RemoveAll(root)
+		return nil, fmt.Errorf("cannot lock the runtime directory: %w", err)
+	}
+	return d, nil
+}
+
+// runtimeBase is the user's runtime directory where there is one and a socket's path fits below it.
+func runtimeBase() string {
+	for _, dir := range []string{os.Getenv("XDG_RUNTIME_DIR"), os.TempDir()} {
+		if info, err := os.Stat(dir); dir != "" && err == nil && info.IsDir() && len(dir) <= socketPathMax && !strings.ContainsAny(dir, " :") {
+			return dir
+		}
+	}
+	return "/tmp"
+}
+
+func lock(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// removeStale removes directories whose lock nobody holds. Those of other users cannot be opened and are let alone.
+func removeStale(base string) {
+	dirs, _ := filepath.Glob(filepath.Join(base, dirPrefix+"*"))
+	for _, dir := range dirs {
+		if _, err := os.Stat(filepath.Join(dir, lockName)); err != nil {
+			continue
+		}
+		if f, err := lock(dir); err == nil {
+			os.RemoveAll(dir)
+			f.Close()
+		}
+	}
+}
+
+// Root of the directory.
+func (d *RuntimeDir) Root() string { return d.root }
+
+// Path of a file in the directory.
+func (d *RuntimeDir) Path(name string) string { return filepath.Join(d.root, name) }
+
+// Remove removes the directory.
+func (d *RuntimeDir) Remove() {
+	os.RemoveAll(d.root)
+	d.lock.Close()
+}
+
+// availableMemory is what the kernel says can be used without swapping, in bytes.
+func availableMemory() (int64, error) {
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if rest, ok := strings.CutPrefix(lines.Text(), "MemAvailable:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(rest, "kB")), 10, 64)
+			return kib << 10, err
+		}
+	}
+	return 0, fmt.Errorf("/proc/meminfo does not say")
+}

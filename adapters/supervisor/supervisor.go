@@ -1,0 +1,290 @@
+// Package supervisor is the host side of a shielded run: it owns the session socket, keeps an enclave process alive,
+// hands each engine process its data plane and its shielded models.
+//
+// Start with [New]; give the child processes [Supervisor.Environment]; end with [Supervisor.Close]. It holds no key: keys stay in
+// the enclave process. When the enclave dies, every engine process that used it is ended, because its models
+// cannot be inverted any more, and a new enclave is started for those that come later.
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kvshield/kvshield/enclave"
+	"github.com/kvshield/kvshield/hooks/dataplane"
+	"github.com/kvshield/kvshield/hooks/session"
+	"github.com/kvshield/kvshield/plugin"
+)
+
+// Config of a supervisor.
+type Config struct {
+	Hook      string            // path of libkvshield.so
+	Enclave   string            // path of the enclave's program
+	Args      []string          // arguments of the enclave's program, before the runtime directory's
+	Transport session.Transport // of the data plane; zero: shared memory
+	Capacity  uint32            // payload bytes of a frame; zero: dataplane.DefaultCapacity
+	Spin      time.Duration     // how long each end spins before it sleeps
+	Timeout   time.Duration     // how long an engine waits for the enclave before it ends; zero: 10 s
+	Log       *slog.Logger
+	// EnclaveLost is called when the enclave died, after the engines were told to end; EnclaveBack when another
+	// one answers. Either may be nil.
+	EnclaveLost, EnclaveBack func()
+}
+
+const killAfter = time.Second
+
+// Supervisor of one shielded run.
+type Supervisor struct {
+	cfg    Config
+	dir    *RuntimeDir
+	hook   string
+	server *session.Server
+	stop   context.CancelFunc
+	ctx    context.Context
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	enclave *plugin.Client // nil while there is none
+	engines map[*session.Peer]*engine
+	past    dataplane.Statistics // of engines that are gone
+	events  Events
+}
+
+// Events is what happened in a run, for its last words.
+type Events struct {
+	Shielded int      // models shielded
+	Passed   int      // files without attention weights, opened as they are
+	Refusals []string // why models were refused
+	Fatal    []string // why hooks ended their processes
+}
+
+// New starts an enclave and opens the session socket.
+func New(ctx context.Context, cfg Config) (*Supervisor, error) {
+	if cfg.Transport == 0 {
+		cfg.Transport = session.SharedMemory
+	}
+	if cfg.Capacity == 0 {
+		cfg.Capacity = dataplane.DefaultCapacity
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = 10 * time.Second
+	}
+	if _, err := os.Stat(cfg.Hook); err != nil {
+		return nil, fmt.Errorf("the hook library %s is missing; build it with `make build`, or name it with --hook", cfg.Hook)
+	}
+	dir, err := NewRuntimeDir()
+	if err != nil {
+		return nil, err
+	}
+	s := &Supervisor{cfg: cfg, dir: dir, engines: map[*session.Peer]*engine{}}
+	s.ctx, s.stop = context.WithCancel(ctx)
+	if err := s.begin(); err != nil {
+		s.stop()
+		dir.Remove()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Supervisor) begin() error {
+	// LD_PRELOAD separates names by spaces and colons, so the hook gets a name without either.
+	s.hook = s.dir.Path("libkvshield.so")
+	absolute, err := filepath.Abs(s.cfg.Hook)
+	if err != nil {
+		return err
+	}
+	if err := os.Symlink(absolute, s.hook); err != nil {
+		return err
+	}
+	if s.enclave, err = plugin.Start(s.enclaveOptions()); err != nil {
+		return err
+	}
+	if s.server, err = session.Listen(s.dir.Path("session.sock"), s); err != nil {
+		s.enclave.Close()
+		return err
+	}
+	s.wg.Add(2)
+	go func() { defer s.wg.Done(); s.keepEnclave() }()
+	go func() {
+		defer s.wg.Done()
+		if err := s.server.Serve(s.ctx); err != nil {
+			s.cfg.Log.Error("session socket failed", "error", err)
+		}
+	}()
+	return nil
+}
+
+func (s *Supervisor) enclaveOptions() plugin.Options {
+	return plugin.Options{Program: s.cfg.Enclave, Args: append(s.cfg.Args, "--runtime-dir", s.dir.Root()), SocketDir: s.dir.Root()}
+}
+
+// Environment is what a child process needs to be shielded, on top of the given environment.
+func (s *Supervisor) Environment(base []string) []string {
+	preload := s.hook
+	var env []string
+	for _, e := range base {
+		switch {
+		case strings.HasPrefix(e, "KVSHIELD_SOCKET="):
+		case strings.HasPrefix(e, "LD_PRELOAD="):
+			if old := strings.TrimPrefix(e, "LD_PRELOAD="); old != "" {
+				preload += ":" + old
+			}
+		default:
+			env = append(env, e)
+		}
+	}
+	return append(env, "LD_PRELOAD="+preload, "KVSHIELD_SOCKET="+s.server.Path)
+}
+
+// Hook is the base name under which the hook library is seen in a process.
+func (s *Supervisor) Hook() string { return filepath.Base(s.cfg.Hook) }
+
+// RuntimeDir is where this run keeps its sockets.
+func (s *Supervisor) RuntimeDir() *RuntimeDir { return s.dir }
+
+var errNoEnclave = errors.New("the enclave is restarting; try again in a moment")
+
+func (s *Supervisor) client() (*plugin.Client, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.enclave == nil {
+		return nil, errNoEnclave
+	}
+	return s.enclave, nil
+}
+
+// EnclavePID is the process number of the enclave, 0 while there is none.
+func (s *Supervisor) EnclavePID() int {
+	c, err := s.client()
+	if err != nil {
+		return 0
+	}
+	return c.PID()
+}
+
+// Attest asks the enclave what protects it.
+func (s *Supervisor) Attest(ctx context.Context, nonce []byte) (enclave.Report, error) {
+	c, err := s.client()
+	if err != nil {
+		return enclave.Report{}, err
+	}
+	return c.Attest(ctx, nonce)
+}
+
+// keepEnclave waits for the enclave to die and starts another one, until the run ends.
+func (s *Supervisor) keepEnclave() {
+	for {
+		c, err := s.client()
+		if err != nil {
+			return
+		}
+		select {
+		case <-s.ctx.Done():
+			c.Close()
+			return
+		case <-c.Done():
+		}
+		if s.ctx.Err() != nil {
+			return
+		}
+		s.loseEnclave()
+		if !s.restartEnclave() {
+			return
+		}
+	}
+}
+
+func (s *Supervisor) loseEnclave() {
+	s.mu.Lock()
+	s.enclave = nil
+	var pids []int
+	for p := range s.engines {
+		pids = append(pids, p.PID)
+	}
+	s.mu.Unlock()
+	s.cfg.Log.Error("the enclave process died; engines that used it are ended", "engines", len(pids))
+	s.server.Stop("the enclave process died; this engine ends because its attention outputs can no longer be inverted")
+	time.AfterFunc(killAfter, func() { s.killGreeted(pids) })
+	if s.cfg.EnclaveLost != nil {
+		s.cfg.EnclaveLost()
+	}
+}
+
+// killGreeted ends engines that did not heed the word to stop, such as stopped ones.
+func (s *Supervisor) killGreeted(pids []int) {
+	for _, pid := range pids {
+		if s.Greeted(pid) {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+}
+
+func (s *Supervisor) restartEnclave() bool {
+	c, err := plugin.StartWithBackoff(s.ctx, s.enclaveOptions(), func(err error, next time.Duration) {
+		s.cfg.Log.Error("the enclave did not start again", "error", err, "next_try", next)
+	})
+	if err != nil {
+		if s.ctx.Err() == nil {
+			s.cfg.Log.Error("giving up on the enclave", "error", err)
+		}
+		return false
+	}
+	s.mu.Lock()
+	s.enclave = c
+	s.mu.Unlock()
+	s.cfg.Log.Info("a new enclave is ready", "pid", c.PID())
+	if s.cfg.EnclaveBack != nil {
+		s.cfg.EnclaveBack()
+	}
+	return true
+}
+
+// Greeted says whether the process said hello and is still connected.
+func (s *Supervisor) Greeted(pid int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for p := range s.engines {
+		if p.PID == pid {
+			return true
+		}
+	}
+	return false
+}
+
+// Events so far.
+func (s *Supervisor) Events() Events {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.events
+	e.Refusals = append([]string(nil), e.Refusals...)
+	e.Fatal = append([]string(nil), e.Fatal...)
+	return e
+}
+
+// Statistics of all engines of this run together. The socket transport counts nothing.
+func (s *Supervisor) Statistics() dataplane.Statistics {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sum := s.past
+	for _, e := range s.engines {
+		sum.Add(e.statistics())
+	}
+	return sum
+}
+
+// Close hangs up on every engine, which ends them, ends the enclave and removes what the run left on disk.
+func (s *Supervisor) Close() {
+	s.stop()
+	s.server.Close()
+	s.wg.Wait()
+	s.dir.Remove()
+}

@@ -1,0 +1,71 @@
+// Command kvshield-enclave is the enclave process: it holds the keys. It is started by kvshield through go-plugin and
+// is of no use by hand.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/kvshield/kvshield/enclave"
+	"github.com/kvshield/kvshield/enclave/tee"
+	"github.com/kvshield/kvshield/enclave/vault"
+	"github.com/kvshield/kvshield/plugin"
+)
+
+// heapLimit makes the garbage collector work harder before the enclave outgrows its share of memory.
+const heapLimit = 48 << 20
+
+func main() {
+	backend := flag.String("tee", "auto", "TEE backend: sgx, software, or auto")
+	dir := flag.String("runtime-dir", "", "directory for sockets, closed to other users")
+	flag.Parse()
+	if err := run(*backend, *dir); err != nil {
+		fmt.Fprintln(os.Stderr, "kvshield-enclave:", err)
+		os.Exit(1)
+	}
+}
+
+func run(backend, dir string) error {
+	if os.Getenv("KVSHIELD_ENCLAVE") == "" {
+		return fmt.Errorf("this program is started by kvshield; run `kvshield --help`")
+	}
+	if dir == "" {
+		return fmt.Errorf("--runtime-dir is missing")
+	}
+	debug.SetMemoryLimit(heapLimit)
+	t, err := tee.Select(backend, tee.Options{WritableDirs: []string{dir}})
+	if err != nil {
+		return err
+	}
+	removeWhenOrphaned(dir)
+	v := vault.New(vault.Options{})
+	defer v.Close()
+	plugin.Serve(plugin.Implementation{Loader: v, Inverter: v, Attester: attester{t}}, dir)
+	return nil
+}
+
+type attester struct{ tee.Backend }
+
+func (a attester) Attest(_ context.Context, nonce []byte) (enclave.Report, error) {
+	return a.Report(nonce)
+}
+
+// removeWhenOrphaned tidies up after a supervisor that was killed: its death is signalled to this process
+// (PR_SET_PDEATHSIG), which is the last one to know the runtime directory.
+func removeWhenOrphaned(dir string) {
+	parent := os.Getppid()
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM)
+	go func() {
+		<-signals
+		if os.Getppid() != parent {
+			os.RemoveAll(dir)
+		}
+		os.Exit(0)
+	}()
+}

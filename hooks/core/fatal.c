@@ -1,0 +1,51 @@
+#include "kvs.h"
+
+#include <stdarg.h>
+#include <string.h>
+#include <unistd.h>
+
+static size_t line(char *out, size_t len, const char *format, va_list args)
+{
+    static const char prefix[] = "kvshield: ";
+    memcpy(out, prefix, sizeof prefix - 1);
+    int n = vsnprintf(out + sizeof prefix - 1, len - sizeof prefix - 1, format, args);
+    size_t end = strlen(out);
+    (void)n; /* a longer message is cut, not lost */
+    out[end] = '\n';
+    return end + 1;
+}
+
+static void print(const char *text, size_t len)
+{
+    while (len > 0) {
+        ssize_t n = write(STDERR_FILENO, text, len);
+        if (n <= 0)
+            return;
+        text += n;
+        len -= (size_t)n;
+    }
+}
+
+void kvs_say(const char *format, ...)
+{
+    char text[1024] = {0};
+    va_list args;
+    va_start(args, format);
+    size_t n = line(text, sizeof text, format, args);
+    va_end(args);
+    print(text, n);
+}
+
+void kvs_die(const char *format, ...)
+{
+    char text[1024] = {0};
+    va_list args;
+    va_start(args, format);
+    size_t n = line(text, sizeof text, format, args);
+    va_end(args);
+    print(text, n);
+    text[n - 1] = 0;
+    kvs_session_last_words(text + sizeof "kvshield: " - 1);
+    /* No atexit handlers: they belong to an engine whose state can no longer be trusted. */
+    _exit(1);
+}

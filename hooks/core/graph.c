@@ -1,0 +1,270 @@
+/*
+ * Finds the attention outputs of a graph and takes each through the enclave when it has been computed.
+ *
+ * The attention output of layer N is the tensor that is multiplied by `blk.N.attn_output.weight`. The weight's
+ * name holds across engines and versions; names of nodes do not.
+ */
+#include "kvs.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct target {
+    struct ggml_tensor *tensor;
+    uint32_t layer;
+};
+
+/* What the hook knows of one scheduler, that is of one context of the engine. */
+struct sched_state {
+    void *sched;
+    struct kvs_ggml *g;
+    kvs_eval_callback host; /* installed by the host itself; NULL for none */
+    void *host_user;
+    bool host_wants, host_stopped;
+    struct kvs_model *model;
+    struct target *targets; /* in the order in which they are computed */
+    size_t count, capacity, next;
+    struct sched_state *link;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct sched_state *states;
+
+static struct sched_state *state_of(struct kvs_ggml *g, void *sched)
+{
+    pthread_mutex_lock(&lock);
+    struct sched_state *s = states;
+    while (s && s->sched != sched)
+        s = s->link;
+    if (!s) {
+        s = calloc(1, sizeof *s);
+        if (!s)
+            kvs_die("out of memory");
+        s->sched = sched;
+        s->link = states;
+        states = s;
+    }
+    s->g = g;
+    pthread_mutex_unlock(&lock);
+    return s;
+}
+
+/* The N of "blk.N.attn_output.weight", or -1. */
+static long attention_layer(const char *name)
+{
+    if (memcmp(name, "blk.", 4) != 0)
+        return -1;
+    char *end;
+    unsigned long layer = strtoul(name + 4, &end, 10);
+    if (end == name + 4 || layer > 65535 || strcmp(end, ".attn_output.weight") != 0)
+        return -1;
+    return (long)layer;
+}
+
+static void add_target(struct sched_state *s, struct ggml_tensor *t, uint32_t layer)
+{
+    if (s->count == s->capacity) {
+        s->capacity = s->capacity ? 2 * s->capacity : 64;
+        s->targets = realloc(s->targets, s->capacity * sizeof *s->targets);
+        if (!s->targets)
+            kvs_die("out of memory");
+    }
+    s->targets[s->count++] = (struct target){t, layer};
+}
+
+struct findings {
+    struct kvs_model *model;
+    bool marker_copied; /* the marker lies on another device than the graph reads it from */
+    bool attention, cache;
+};
+
+static void look_for_marker(struct sched_state *s, const struct ggml_tensor *node, struct findings *f)
+{
+    const struct ggml_tensor *factors = kvs_src(s->g, node, 2);
+    if (!factors || f->model)
+        return;
+    const char *name = kvs_name(s->g, factors);
+    if (kvs_model_is_marker(name))
+        f->model = kvs_model_of_marker(s->g, factors);
+    else if (strchr(name, '#'))
+        f->marker_copied = true;
+}
+
+/* Whether the node reads or writes a tensor of the KV cache. */
+static bool touches_cache(const struct kvs_ggml *g, const struct ggml_tensor *node)
+{
+    for (int i = 0; i < 3; i++) {
+        const struct ggml_tensor *src = kvs_src(g, node, i);
+        if (!src)
+            break;
+        const struct ggml_tensor *base = kvs_view_src(g, src);
+        const char *name = kvs_name(g, base ? base : src);
+        if (memcmp(name, "cache_k_l", 9) == 0 || memcmp(name, "cache_v_l", 9) == 0)
+            return true;
+    }
+    return false;
+}
+
+static void look_at(struct sched_state *s, const struct ggml_tensor *node, struct findings *f)
+{
+    const struct kvs_ggml *g = s->g;
+    const struct ggml_tensor *weight = kvs_src(g, node, 0);
+    if (!weight)
+        return;
+    long layer = attention_layer(kvs_name(g, weight));
+    if (layer >= 0 && strcmp(g->op_desc(node), "MUL_MAT") == 0) {
+        add_target(s, kvs_src(g, node, 1), (uint32_t)layer);
+        return;
+    }
+    if (kvs_src(g, node, 2))
+        look_for_marker(s, node, f);
+    if (!f->cache)
+        f->cache = touches_cache(g, node);
+    if (!f->attention && kvs_src(g, node, 1)) {
+        const char *op = g->op_desc(node);
+        f->attention = strcmp(op, "FLASH_ATTN_EXT") == 0 || strcmp(op, "SOFT_MAX") == 0;
+    }
+}
+
+/*
+ * When an attention output crosses from one device to another, the multiplication reads a copy that the
+ * scheduler named "DEVICE#NAME#NUMBER". What has to be inverted is the original.
+ */
+static bool is_copy_of(const char *copy, const char *original)
+{
+    const char *start = strchr(copy, '#');
+    const char *end = strrchr(copy, '#');
+    size_t len = strlen(original);
+    return start && end > start && (size_t)(end - start - 1) == len && memcmp(start + 1, original, len) == 0;
+}
+
+static void place_targets(struct sched_state *s, struct ggml_cgraph *graph, int nodes)
+{
+    size_t placed = 0;
+    for (int i = 0; i < nodes && placed < s->count; i++) {
+        struct ggml_tensor *node = s->g->graph_node(graph, i);
+        struct target *t = &s->targets[placed];
+        if (node == t->tensor) {
+            placed++;
+        } else if (is_copy_of(kvs_name(s->g, t->tensor), kvs_name(s->g, node))) {
+            t->tensor = node;
+            placed++;
+        }
+    }
+    if (placed != s->count)
+        kvs_die("the attention output of layer %u is not where this hook can reach it (%s)",
+                s->targets[placed].layer, kvs_name(s->g, s->targets[placed].tensor));
+}
+
+static void check_targets(const struct sched_state *s)
+{
+    const struct kvs_opened *info = &s->model->info;
+    for (size_t i = 0; i < s->count; i++) {
+        const struct ggml_tensor *t = s->targets[i].tensor;
+        if (s->targets[i].layer >= info->layers)
+            kvs_die("the graph has a layer %u but the model has %u", s->targets[i].layer, info->layers);
+        if (kvs_type(s->g, t) != KVS_GGML_TYPE_F32 || !s->g->is_contiguous(t) ||
+            kvs_ne(s->g, t)[0] != (int64_t)info->row_floats)
+            kvs_die("the attention output of layer %u has a shape that kvshield does not know", s->targets[i].layer);
+    }
+}
+
+/* Fills s->targets; afterwards s->model is set or there is nothing to shield in this graph. */
+static void scan(struct sched_state *s, struct ggml_cgraph *graph)
+{
+    struct findings f = {0};
+    int nodes = s->g->graph_n_nodes(graph);
+    s->count = s->next = 0;
+    s->model = NULL;
+    for (int i = 0; i < nodes; i++)
+        look_at(s, s->g->graph_node(graph, i), &f);
+    if (s->count == 0) {
+        if (f.attention && f.cache)
+            kvs_die("this engine computes attention in a way that kvshield does not know (ggml %s): "
+                    "no node uses blk.N.attn_output.weight",
+                    s->g->version());
+        return;
+    }
+    if (!f.model)
+        kvs_die(f.marker_copied ? "the model's frequency factors lie on another device than its attention; "
+                                  "put all layers on one device (-ngl 0 or -ngl 999)"
+                                : "a graph with attention belongs to no model that kvshield has shielded");
+    s->model = f.model;
+    place_targets(s, graph, nodes);
+    check_targets(s);
+    kvs_model_used(s->model);
+}
+
+struct rows {
+    const struct kvs_ggml *g;
+    struct ggml_tensor *tensor;
+    size_t offset;
+};
+
+static void get_rows(void *user, void *rows, size_t bytes)
+{
+    const struct rows *r = user;
+    r->g->tensor_get(r->tensor, rows, r->offset, bytes);
+}
+
+static void put_rows(void *user, const void *rows, size_t bytes)
+{
+    const struct rows *r = user;
+    r->g->tensor_set(r->tensor, rows, r->offset, bytes);
+}
+
+static void invert(struct sched_state *s, const struct target *t)
+{
+    uint32_t row_bytes = s->model->info.row_floats * (uint32_t)sizeof(float);
+    size_t left = s->g->nbytes(t->tensor) / row_bytes;
+    uint32_t most = kvs_channel_rows(row_bytes);
+    struct rows r = {s->g, t->tensor, 0};
+    while (left > 0) {
+        struct kvs_frame f = {s->model->info.model, t->layer, left < most ? (uint32_t)left : most, row_bytes};
+        kvs_channel_transition(&f, get_rows, put_rows, &r);
+        r.offset += (size_t)f.rows * row_bytes;
+        left -= f.rows;
+    }
+}
+
+/* The scheduler asks about every node, and calls again once a wanted one has been computed. */
+static bool evaluate(struct ggml_tensor *t, bool ask, void *user)
+{
+    struct sched_state *s = user;
+    bool ours = s->next < s->count && s->targets[s->next].tensor == t;
+    if (ask) {
+        s->host_wants = s->host && s->host(t, true, s->host_user);
+        return ours || s->host_wants;
+    }
+    if (ours)
+        invert(s, &s->targets[s->next++]);
+    if (s->host_wants && !s->host(t, false, s->host_user)) {
+        s->host_stopped = true;
+        return false;
+    }
+    return true;
+}
+
+int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
+{
+    struct sched_state *s = state_of(g, sched);
+    scan(s, graph);
+    if (s->count == 0) {
+        g->set_eval_callback(sched, s->host, s->host_user);
+        return g->graph_compute_async(sched, graph);
+    }
+    s->host_stopped = false;
+    g->set_eval_callback(sched, evaluate, s);
+    int status = g->graph_compute_async(sched, graph);
+    if (status == KVS_GGML_STATUS_SUCCESS && s->next != s->count && !s->host_stopped)
+        kvs_die("the engine passed over the attention output of layer %u", s->targets[s->next].layer);
+    return status;
+}
+
+void kvs_host_callback(struct kvs_ggml *g, void *sched, kvs_eval_callback cb, void *user)
+{
+    struct sched_state *s = state_of(g, sched);
+    s->host = cb;
+    s->host_user = user;
+}

@@ -1,0 +1,155 @@
+/*
+ * The kvshield hook: C that lives inside the engine's process.
+ *
+ * An interposer (adapters/llamacpp/preload) receives the engine's calls and hands them to the four entry
+ * points at the end of this file. One thread of the hook reads the session socket; everything else
+ * runs on the engine's own threads. There is one way to fail: kvs_die, which ends the process,
+ * because an engine that goes on without the enclave would answer with garbage or in the clear.
+ *
+ * Wire formats: docs/protocol.md.
+ */
+#ifndef KVS_H
+#define KVS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#define KVS_HIDDEN __attribute__((visibility("hidden")))
+
+struct ggml_tensor;
+struct ggml_context;
+struct ggml_cgraph;
+struct gguf_context;
+typedef bool (*kvs_eval_callback)(struct ggml_tensor *tensor, bool ask, void *user);
+
+/* Passed by value through the engine's ABI: the same members in the same order as ggml's own. */
+struct kvs_ggml_init_params {
+    size_t mem_size;
+    void *mem_buffer;
+    bool no_alloc;
+};
+struct kvs_gguf_init_params {
+    bool no_alloc;
+    struct ggml_context **ctx;
+};
+
+/* Where the members that the hook reads lie in this ggml's struct ggml_tensor. */
+struct kvs_layout {
+    size_t type, ne, src, view_src, name;
+};
+
+/* One ggml library in this process: its functions and its tensor layout. */
+struct kvs_ggml {
+    const void *caller; /* load address of the library that called us */
+    bool is_llama;      /* the caller is libllama, so a GGUF it opens is a model */
+    struct kvs_layout layout;
+    const char *(*version)(void);
+    struct ggml_context *(*init)(struct kvs_ggml_init_params);
+    void (*free)(struct ggml_context *);
+    struct ggml_tensor *(*new_tensor_2d)(struct ggml_context *, int, int64_t, int64_t);
+    struct ggml_tensor *(*mul_mat)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
+    struct ggml_tensor *(*reshape_2d)(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t);
+    const char *(*get_name)(const struct ggml_tensor *);
+    struct ggml_tensor *(*set_name)(struct ggml_tensor *, const char *);
+    const char *(*op_desc)(const struct ggml_tensor *);
+    size_t (*nbytes)(const struct ggml_tensor *);
+    bool (*is_contiguous)(const struct ggml_tensor *);
+    int (*graph_n_nodes)(struct ggml_cgraph *);
+    struct ggml_tensor *(*graph_node)(struct ggml_cgraph *, int);
+    void (*tensor_get)(const struct ggml_tensor *, void *, size_t, size_t);
+    void (*tensor_set)(struct ggml_tensor *, const void *, size_t, size_t);
+    void (*set_eval_callback)(void *, kvs_eval_callback, void *);
+    int (*graph_compute_async)(void *, struct ggml_cgraph *);
+    struct gguf_context *(*gguf_init_from_file)(const char *, struct kvs_gguf_init_params);
+    struct gguf_context *(*gguf_init_from_file_ptr)(FILE *, struct kvs_gguf_init_params); /* may be NULL */
+    FILE *(*fopen)(const char *, const char *);
+};
+
+#define KVS_GGML_TYPE_F32 0
+#define KVS_GGML_STATUS_SUCCESS 0
+
+static inline const char *kvs_name(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return (const char *)t + g->layout.name;
+}
+static inline struct ggml_tensor *kvs_src(const struct kvs_ggml *g, const struct ggml_tensor *t, int i)
+{
+    return ((struct ggml_tensor *const *)((const char *)t + g->layout.src))[i];
+}
+static inline struct ggml_tensor *kvs_view_src(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return *(struct ggml_tensor *const *)((const char *)t + g->layout.view_src);
+}
+static inline const int64_t *kvs_ne(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return (const int64_t *)(const void *)((const char *)t + g->layout.ne);
+}
+static inline int kvs_type(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return *(const int *)(const void *)((const char *)t + g->layout.type);
+}
+
+/* layout.c: fills g->layout by building a small graph; false when the layout is not understood. */
+KVS_HIDDEN bool kvs_layout_find(struct kvs_ggml *g);
+
+/* fatal.c */
+KVS_HIDDEN _Noreturn void kvs_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
+KVS_HIDDEN void kvs_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* session.c: the socket to the supervisor (KVSHIELD_SOCKET). Every call dies when it cannot be used. */
+#define KVS_MARKER_MAX 64
+#define KVS_FINGERPRINT_MAX 256
+struct kvs_welcome {
+    uint32_t transport, capacity, spin_us, timeout_ms;
+    int fd;
+};
+struct kvs_opened {
+    uint32_t action, model, layers, row_floats;
+    char marker[KVS_MARKER_MAX];
+    uint8_t fingerprint[KVS_FINGERPRINT_MAX];
+    size_t fingerprint_len;
+    int fd;
+    char refusal[512]; /* set when action is KVS_ACTION_REFUSE */
+};
+enum { KVS_ACTION_REFUSE = 0, KVS_ACTION_SHIELD = 1, KVS_ACTION_PASS = 2 };
+KVS_HIDDEN void kvs_session_begin(const char *engine_version);
+KVS_HIDDEN void kvs_session_open(const char *path, int fd, struct kvs_opened *out);
+KVS_HIDDEN void kvs_session_last_words(const char *message); /* best effort, before the end */
+
+/* channel.c: the data plane. */
+struct kvs_frame {
+    uint32_t model, layer, rows, row_bytes;
+};
+KVS_HIDDEN void kvs_channel_attach(const struct kvs_welcome *w);
+/* The largest number of rows that one frame carries. */
+KVS_HIDDEN uint32_t kvs_channel_rows(uint32_t row_bytes);
+/* Fetches rows with `get`, sends them through the enclave, stores the answer with `put`. */
+typedef void (*kvs_rows_get)(void *user, void *rows, size_t bytes);
+typedef void (*kvs_rows_put)(void *user, const void *rows, size_t bytes);
+KVS_HIDDEN void kvs_channel_transition(const struct kvs_frame *f, kvs_rows_get get, kvs_rows_put put,
+                                       void *user);
+
+/* models.c: what was exchanged in this process. */
+struct kvs_model {
+    struct kvs_opened info;
+    char *path;
+    int64_t dev, ino, size, mtime_ns;
+    bool used; /* a graph of it has run, so no more opens of this load are expected */
+    struct kvs_model *next;
+};
+/* Returns false when the file is none of our business; *refused when the supervisor said no. */
+KVS_HIDDEN bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused);
+KVS_HIDDEN bool kvs_exchange_fd(int fd, bool *refused);
+KVS_HIDDEN struct kvs_model *kvs_exchanged(const char *path);
+KVS_HIDDEN void kvs_model_path(const struct kvs_model *m, char *out, size_t len);
+KVS_HIDDEN struct kvs_model *kvs_model_of_marker(const struct kvs_ggml *g, const struct ggml_tensor *t);
+KVS_HIDDEN bool kvs_model_is_marker(const char *name);
+KVS_HIDDEN void kvs_model_used(struct kvs_model *m);
+
+/* graph.c: entry points for the interposer. */
+KVS_HIDDEN int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
+KVS_HIDDEN void kvs_host_callback(struct kvs_ggml *g, void *sched, kvs_eval_callback cb, void *user);
+
+#endif

@@ -1,0 +1,73 @@
+/*
+ * struct ggml_tensor is public but its layout moves between versions. It is not assumed here: a small
+ * graph with known shapes, sources and names is built with the engine's own functions, and the members
+ * are searched for in it.
+ */
+#include "kvs.h"
+
+#include <string.h>
+
+enum { A_COLS = 37, A_ROWS = 41, B_ROWS = 43 };
+static const size_t NOT_FOUND = (size_t)-1;
+
+/* The offset of `want` in the `len` bytes at `object`, at the given alignment, from `from` on. */
+static size_t find(const void *object, size_t len, const void *want, size_t want_len, size_t from)
+{
+    for (size_t at = from; at + want_len <= len; at += sizeof(void *))
+        if (memcmp((const char *)object + at, want, want_len) == 0)
+            return at;
+    return NOT_FOUND;
+}
+
+static bool probe(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_layout *l)
+{
+    struct ggml_tensor *a = g->new_tensor_2d(ctx, KVS_GGML_TYPE_F32, A_COLS, A_ROWS);
+    struct ggml_tensor *b = g->new_tensor_2d(ctx, KVS_GGML_TYPE_F32, A_COLS, B_ROWS);
+    struct ggml_tensor *c = a && b ? g->mul_mat(ctx, a, b) : NULL;
+    struct ggml_tensor *v = c ? g->reshape_2d(ctx, c, B_ROWS, A_ROWS) : NULL;
+    if (!v)
+        return false;
+    g->set_name(c, "kvshield-probe");
+    const char *name = g->get_name(c);
+    if (name < (const char *)c || name > (const char *)c + 1024 || strcmp(name, "kvshield-probe") != 0)
+        return false;
+    l->name = (size_t)(name - (const char *)c);
+
+    /* All that is searched for lies before the name in every ggml seen, or right behind it. */
+    size_t len = l->name;
+    const struct ggml_tensor *sources[3] = {a, b, NULL};
+    const int64_t shape[4] = {A_ROWS, B_ROWS, 1, 1};
+    l->src = find(c, len, sources, sizeof sources, 0);
+    l->ne = find(c, len, shape, sizeof shape, 0);
+    l->type = 0;
+    if (l->src == NOT_FOUND || l->ne == NOT_FOUND)
+        return false;
+    l->view_src = find(v, len, &c, sizeof c, l->src + sizeof sources);
+    return l->view_src != NOT_FOUND && kvs_src(g, v, 0) == c;
+}
+
+/* The offsets found must also hold for tensors they were not found in. */
+static bool check(struct kvs_ggml *g, struct ggml_context *ctx)
+{
+    struct ggml_tensor *x = g->new_tensor_2d(ctx, KVS_GGML_TYPE_F32, 16, 3);
+    struct ggml_tensor *y = g->new_tensor_2d(ctx, 1 /* F16 */, 16, 5);
+    struct ggml_tensor *z = x && y ? g->mul_mat(ctx, y, x) : NULL;
+    if (!z || strcmp(g->op_desc(z), "MUL_MAT") != 0)
+        return false;
+    g->set_name(y, "y");
+    return kvs_type(g, x) == KVS_GGML_TYPE_F32 && kvs_type(g, y) == 1 && kvs_type(g, z) == KVS_GGML_TYPE_F32 &&
+           kvs_src(g, z, 0) == y && kvs_src(g, z, 1) == x && kvs_src(g, z, 2) == NULL &&
+           kvs_ne(g, z)[0] == 5 && kvs_ne(g, z)[1] == 3 && kvs_view_src(g, z) == NULL &&
+           strcmp(kvs_name(g, y), "y") == 0;
+}
+
+bool kvs_layout_find(struct kvs_ggml *g)
+{
+    struct kvs_ggml_init_params params = {.mem_size = 64 * 1024, .no_alloc = true};
+    struct ggml_context *ctx = g->init(params);
+    if (!ctx)
+        return false;
+    bool ok = probe(g, ctx, &g->layout) && check(g, ctx);
+    g->free(ctx);
+    return ok;
+}

@@ -1,0 +1,186 @@
+/* The models that were exchanged in this process, and which of them a graph belongs to. */
+#include "kvs.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define MATCH_CACHE 64
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct kvs_model *models; /* newest first */
+
+/*
+ * Which marker tensors were already compared with the fingerprints. Addresses are reused after a
+ * model is freed, but not before another one was opened: an exchange empties the cache.
+ */
+static struct {
+    const struct ggml_tensor *tensor;
+    struct kvs_model *model;
+} matched[MATCH_CACHE];
+
+static bool is_gguf(int fd)
+{
+    char magic[4];
+    return pread(fd, magic, sizeof magic, 0) == sizeof magic && memcmp(magic, "GGUF", sizeof magic) == 0;
+}
+
+static int open_model(const char *path, struct stat *st)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return -1;
+    if (fstat(fd, st) == 0 && S_ISREG(st->st_mode) && is_gguf(fd))
+        return fd;
+    close(fd);
+    return -1;
+}
+
+static int64_t mtime_ns(const struct stat *st)
+{
+    return (int64_t)st->st_mtim.tv_sec * 1000000000 + st->st_mtim.tv_nsec;
+}
+
+/*
+ * An engine may open a model several times for one load (to measure what fits, then to load): as
+ * long as no graph of it has run and the file is the same, that is one load and one key.
+ */
+static struct kvs_model *same_load(const char *path, const struct stat *st)
+{
+    for (struct kvs_model *m = models; m; m = m->next)
+        if (strcmp(m->path, path) == 0)
+            return !m->used && m->dev == (int64_t)st->st_dev && m->ino == (int64_t)st->st_ino &&
+                           m->size == st->st_size && m->mtime_ns == mtime_ns(st)
+                       ? m
+                       : NULL;
+    return NULL;
+}
+
+static struct kvs_model *add(const char *path, const struct stat *st, const struct kvs_opened *info)
+{
+    struct kvs_model *m = calloc(1, sizeof *m);
+    char *copy = strdup(path);
+    if (!m || !copy)
+        kvs_die("out of memory");
+    m->info = *info;
+    m->path = copy;
+    m->dev = (int64_t)st->st_dev;
+    m->ino = (int64_t)st->st_ino;
+    m->size = st->st_size;
+    m->mtime_ns = mtime_ns(st);
+    m->next = models;
+    models = m;
+    memset(matched, 0, sizeof matched);
+    return m;
+}
+
+bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
+{
+    struct stat st;
+    *model = NULL;
+    *refused = false;
+    int fd = open_model(path, &st);
+    if (fd < 0)
+        return false; /* the engine's own error is the right one */
+
+    pthread_mutex_lock(&lock);
+    *model = same_load(path, &st);
+    if (!*model) {
+        struct kvs_opened info;
+        kvs_session_open(path, fd, &info);
+        if (info.action == KVS_ACTION_SHIELD)
+            *model = add(path, &st, &info);
+        else if (info.action == KVS_ACTION_REFUSE) {
+            kvs_say("%s: %s", path, info.refusal);
+            *refused = true;
+        }
+    }
+    pthread_mutex_unlock(&lock);
+    close(fd);
+    return *model != NULL;
+}
+
+bool kvs_exchange_fd(int fd, bool *refused)
+{
+    struct kvs_opened info;
+    *refused = false;
+    if (!is_gguf(fd))
+        return false;
+    kvs_session_open("(an open file)", fd, &info);
+    if (info.action == KVS_ACTION_PASS)
+        return false;
+    if (info.fd >= 0)
+        close(info.fd);
+    kvs_say("this program opens its model through a FILE*, which kvshield cannot exchange; "
+            "have it open the model by its path");
+    *refused = true;
+    return true;
+}
+
+struct kvs_model *kvs_exchanged(const char *path)
+{
+    pthread_mutex_lock(&lock);
+    struct kvs_model *m = models;
+    while (m && strcmp(m->path, path) != 0)
+        m = m->next;
+    pthread_mutex_unlock(&lock);
+    return m;
+}
+
+void kvs_model_path(const struct kvs_model *m, char *out, size_t len)
+{
+    snprintf(out, len, "/proc/self/fd/%d", m->info.fd);
+}
+
+bool kvs_model_is_marker(const char *name)
+{
+    for (struct kvs_model *m = models; m; m = m->next)
+        if (strcmp(m->info.marker, name) == 0)
+            return true;
+    return false;
+}
+
+static struct kvs_model *compare(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    uint8_t bytes[KVS_FINGERPRINT_MAX];
+    size_t have = g->nbytes(t);
+    if (have > sizeof bytes)
+        have = sizeof bytes;
+    g->tensor_get(t, bytes, 0, have);
+    for (struct kvs_model *m = models; m; m = m->next)
+        if (m->info.fingerprint_len == have && memcmp(m->info.fingerprint, bytes, have) == 0)
+            return m;
+    return NULL;
+}
+
+struct kvs_model *kvs_model_of_marker(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    size_t slot = ((uintptr_t)t / 64) % MATCH_CACHE;
+    pthread_mutex_lock(&lock);
+    if (matched[slot].tensor != t) {
+        matched[slot].tensor = t;
+        matched[slot].model = compare(g, t);
+    }
+    struct kvs_model *m = matched[slot].model;
+    pthread_mutex_unlock(&lock);
+    return m;
+}
+
+void kvs_model_used(struct kvs_model *m)
+{
+    pthread_mutex_lock(&lock);
+    /* A model in several files was exchanged file by file, under one number. */
+    for (struct kvs_model *f = m->used ? NULL : models; f; f = f->next) {
+        if (f->info.model != m->info.model)
+            continue;
+        f->used = true;
+        /* The engine holds its own mapping or copy by now: let go of the file's memory. */
+        close(f->info.fd);
+        f->info.fd = -1;
+    }
+    pthread_mutex_unlock(&lock);
+}
