@@ -30,7 +30,7 @@ build: ## the command, the enclave and the hook, into bin/
 	$(call need,$(GO):golang $(CC):gcc)
 	@mkdir -p bin
 	$(GO) build -trimpath -o bin/ ./cmd/...
-	$(MAKE) --no-print-directory -C hooks CC='$(CC)' OUT='$(CURDIR)/bin/libkvshield.so'
+	$(MAKE) --no-print-directory -C adapters/llamacpp/preload CC='$(CC)' OUT='$(CURDIR)/bin/libkvshield.so'
 
 engine: ## a private stock engine under .engine/
 	@scripts/engine.sh
