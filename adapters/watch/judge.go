@@ -1,0 +1,154 @@
+package watch
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+const (
+	// metadataSlack is what a reader of metadata may read beyond the header: chunks that reach
+	// past it, several readers of one file.
+	metadataSlack   = 32 << 20
+	metadataHeaders = 4
+	// leastLoaded is the least amount of tensor data that counts as loading.
+	leastLoaded = 64 << 10
+)
+
+// reading is what a process read since it was seen to have a model open.
+type reading struct {
+	from   int64 // bytes the process had read when the model was first seen open
+	before int64 // the same, one look earlier: what was read before the first sight counts from here
+	now    int64
+	pos    int64 // furthest position seen
+	closed bool
+}
+
+// bytes is the best estimate of what was read of the file. The position alone would also move by
+// seeking (engines seek to the end for the size), the counter alone misses what was read before
+// the first look: a position counts as far as the process read that much in the meantime.
+func (r *reading) bytes() int64 {
+	return max(r.now-r.from, min(r.pos, r.now-r.before))
+}
+
+// follow brings the readings up to date with the models now open, each with its position. A model
+// that was closed stays until it was judged, as what was read until then counts.
+func (p *process) follow(open map[*model]int64, judged bool) {
+	for m, r := range p.reading {
+		if r.closed {
+			if judged {
+				delete(p.reading, m)
+			}
+			continue
+		}
+		r.now = p.print.read
+		_, still := open[m]
+		r.closed = !still
+	}
+	for m, pos := range open {
+		r := p.reading[m]
+		if r == nil {
+			r = &reading{from: p.print.read, before: p.readBefore, now: p.print.read}
+			p.reading[m] = r
+		}
+		r.pos, r.closed = max(r.pos, pos), false
+	}
+	p.readBefore = p.print.read
+}
+
+// finding is evidence against a process.
+type finding struct {
+	model    *model
+	evidence string
+}
+
+// judge returns the evidence against the process as it was scanned, nil when there is none.
+func (p *process) judge(files *catalogue) *finding {
+	if p.unreadable {
+		return p.judgeCommand(files)
+	}
+	for m, covered := range p.mapped {
+		if _, data, known := m.tensors(); known && covered > loading(data) {
+			return &finding{m, "has " + bytesText(covered) + " of it mapped"}
+		}
+	}
+	for m, r := range p.reading {
+		header, data, known := m.tensors()
+		if !known || data == 0 {
+			continue
+		}
+		read := r.bytes() - header
+		if read > loading(data) && read > p.allowance(files, header, data) {
+			return &finding{m, "has read " + bytesText(read) + " of it"}
+		}
+	}
+	return nil
+}
+
+// loading is how much tensor data in a process's hands counts as the weights.
+func loading(data int64) int64 {
+	return min(max(leastLoaded, data/10), data/2)
+}
+
+// allowance is what the process may read beyond the header. It is asked about ggml only when the
+// answer matters, because searching a program for it takes a while.
+func (p *process) allowance(files *catalogue, header, data int64) int64 {
+	lenient := int64(metadataSlack + metadataHeaders*header)
+	if p.hasUnhookedGGML(files) {
+		return min(loading(data), lenient)
+	}
+	return lenient
+}
+
+// hasUnhookedGGML says whether the process carries ggml where the hook is not or cannot be.
+func (p *process) hasUnhookedGGML(files *catalogue) bool {
+	for _, o := range p.objects {
+		if isGGMLLibrary(o.path) {
+			if !p.hooked {
+				return true
+			}
+			continue
+		}
+		switch files.carriesGGML(p.objectFile(o)) {
+		case withGGML:
+			return true
+		case unexamined:
+			p.undecided = true
+		}
+	}
+	return false
+}
+
+// objectFile is a path under which the object can be opened.
+func (p *process) objectFile(o object) string {
+	if _, err := os.Stat(o.link); err == nil {
+		return o.link
+	}
+	return p.path("root") + o.path
+}
+
+// judgeCommand is all that can be done about a process whose memory and descriptors are closed to
+// the watch (a setuid program, seen by an ordinary user): it must not name a model.
+func (p *process) judgeCommand(files *catalogue) *finding {
+	text, err := os.ReadFile(p.path("cmdline"))
+	if err != nil {
+		return nil
+	}
+	for i, argument := range strings.Split(string(text), "\x00") {
+		if _, value, ok := strings.Cut(argument, "="); ok {
+			argument = value
+		}
+		if i == 0 || argument == "" {
+			continue
+		}
+		// Its working folder is hidden as well; ours is the likely one.
+		path, err := filepath.Abs(argument)
+		if err != nil {
+			continue
+		}
+		if m := files.model(path); m != nil {
+			return &finding{m, "was given it on its command line, cannot be looked into, and goes on"}
+		}
+	}
+	return nil
+}
