@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"os"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -20,20 +21,28 @@ type Implementation struct {
 
 // Serve answers the host that started this process, until it hangs up. SocketDir is where the data plane's sockets
 // go: a directory closed to other users.
-func Serve(impl Implementation, socketDir string) {
+func Serve(impl Implementation, socketDir string) error {
+	s := newServer(impl, socketDir)
+	var err error
+	if s.files, err = listenFiles(socketDir, os.Getppid()); err != nil {
+		return err
+	}
+	defer s.files.close()
 	goplugin.Serve(&goplugin.ServeConfig{
 		HandshakeConfig: handshake,
-		Plugins:         goplugin.PluginSet{pluginName: &grpcPlugin{server: newServer(impl, socketDir)}},
+		Plugins:         goplugin.PluginSet{pluginName: &grpcPlugin{server: s}},
 		GRPCServer:      goplugin.DefaultGRPCServer,
 		// go-plugin's own debug lines name only addresses, but nothing of an enclave belongs in a log unasked.
 		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Error}),
 	})
+	return nil
 }
 
 type server struct {
 	pb.UnimplementedEnclaveServer
 	impl   Implementation
 	planes *planes
+	files  *fileDesk
 }
 
 func newServer(impl Implementation, socketDir string) *server {
@@ -96,4 +105,8 @@ func (s *server) Grant(_ context.Context, r *pb.GrantRequest) (*pb.GrantReply, e
 
 func (s *server) Detach(_ context.Context, r *pb.DetachRequest) (*pb.DetachReply, error) {
 	return &pb.DetachReply{}, toStatus(s.planes.detach(r.GetPlane()))
+}
+
+func (s *server) Files(context.Context, *pb.FilesRequest) (*pb.FilesReply, error) {
+	return &pb.FilesReply{Address: s.files.address()}, nil
 }

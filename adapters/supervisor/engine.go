@@ -61,16 +61,26 @@ func (s *Supervisor) attachShared(ctx context.Context, e *engine) (*os.File, err
 	if err != nil {
 		return nil, err
 	}
-	plane, err := e.enclave.AttachShared(ctx, ownPath(f), s.cfg.Spin)
-	if err == nil {
-		e.plane = plane.ID
-		e.region, err = dataplane.Map(f)
-	}
-	if err != nil {
+	if err := s.shareRegion(ctx, e, f); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
+}
+
+func (s *Supervisor) shareRegion(ctx context.Context, e *engine, f *os.File) error {
+	paths, release, err := e.enclave.Lend(ctx, f)
+	if err != nil {
+		return err
+	}
+	defer release()
+	plane, err := e.enclave.AttachShared(ctx, paths[0], s.cfg.Spin)
+	if err != nil {
+		return err
+	}
+	e.plane = plane.ID
+	e.region, err = dataplane.Map(f)
+	return err
 }
 
 func (s *Supervisor) attachSocket(ctx context.Context, e *engine) (*os.File, error) {
@@ -89,9 +99,6 @@ func (s *Supervisor) attachSocket(ctx context.Context, e *engine) (*os.File, err
 	}
 	return conn.File()
 }
-
-// ownPath names a file of ours so that the enclave process can open it.
-func ownPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
 
 // Open implements session.Handler.
 func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, model *os.File) (session.Opened, *os.File, error) {
@@ -193,9 +200,20 @@ func (s *Supervisor) Inspect(ctx context.Context, path string) (enclave.Model, e
 	if err != nil {
 		return enclave.Model{}, err
 	}
-	sources, err := splitSet(path)
+	f, err := openModel(path)
 	if err != nil {
 		return enclave.Model{}, err
 	}
-	return c.Inspect(ctx, sources)
+	defer f.Close()
+	sources, _, err := openSources(path, f)
+	defer closeAll(sources)
+	if err != nil {
+		return enclave.Model{}, err
+	}
+	paths, release, err := c.Lend(ctx, sources...)
+	if err != nil {
+		return enclave.Model{}, err
+	}
+	defer release()
+	return c.Inspect(ctx, paths)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/hooks/session"
 	"github.com/kvshield/kvshield/internal/gguf"
+	"github.com/kvshield/kvshield/plugin"
 )
 
 // modelSet is a shielded model: one memory file for each of its files, until the engine has taken them.
@@ -43,14 +44,13 @@ func (m *modelSet) discard() {
 	}
 }
 
-// splitSet names all files of the model of which path is one.
-func splitSet(path string) ([]string, error) {
-	f, g, err := gguf.Open(path)
+// openModel opens a model by path, saying what is wrong with what is no model.
+func openModel(path string) (*os.File, error) {
+	f, _, err := gguf.Open(path)
 	if err != nil {
 		return nil, &enclave.InvalidError{Reason: err.Error()}
 	}
-	f.Close()
-	return splitPaths(path, g)
+	return f, nil
 }
 
 func splitPaths(path string, g *gguf.File) ([]string, error) {
@@ -70,33 +70,49 @@ func splitPaths(path string, g *gguf.File) ([]string, error) {
 
 // loadSet has the enclave shield the model that an engine is opening. It returns nil for a file that the engine may
 // open as it is.
-func loadSet(ctx context.Context, loader enclave.Loader, path string, model *os.File) (*modelSet, error) {
+func loadSet(ctx context.Context, c *plugin.Client, path string, model *os.File) (*modelSet, error) {
 	sources, paths, err := openSources(path, model)
 	defer closeAll(sources)
 	if err != nil {
-		return nil, err
-	}
-	described, err := loader.Inspect(ctx, ownPaths(sources))
-	if err != nil || described.Action == enclave.Pass {
-		return nil, err
-	}
-	if err := enoughMemory(described.Bytes); err != nil {
 		return nil, err
 	}
 	outputs, err := memoryFiles(len(sources))
 	if err != nil {
 		return nil, err
 	}
-	res, err := loader.Load(ctx, enclave.LoadRequest{Sources: ownPaths(sources), Outputs: ownPaths(outputs)})
-	if err == nil {
-		err = finish(res, sources, outputs)
-	}
-	if err != nil {
+	res, err := shield(ctx, c, sources, outputs)
+	if err != nil || res.Action == enclave.Pass {
 		closeAll(outputs)
 		return nil, err
 	}
 	return &modelSet{id: res.ID, paths: paths, files: outputs, opened: session.Opened{Shield: true, Model: uint32(res.ID),
 		Layers: uint32(res.Layers), RowFloats: uint32(res.RowFloats), Marker: res.Marker, Fingerprint: res.Fingerprint}}, nil
+}
+
+// shield has the enclave write the shielded model to outputs and completes and seals them.
+func shield(ctx context.Context, c *plugin.Client, sources, outputs []*os.File) (enclave.LoadResult, error) {
+	paths, release, err := c.Lend(ctx, append(append([]*os.File{}, sources...), outputs...)...)
+	if err != nil {
+		return enclave.LoadResult{}, err
+	}
+	defer release()
+	req := enclave.LoadRequest{Sources: paths[:len(sources)], Outputs: paths[len(sources):]}
+	model, err := c.Inspect(ctx, req.Sources)
+	if err != nil || model.Action == enclave.Pass {
+		return enclave.LoadResult{Model: model}, err
+	}
+	if err := enoughMemory(model.Bytes); err != nil {
+		return enclave.LoadResult{}, err
+	}
+	res, err := c.Load(ctx, req)
+	if err != nil {
+		return enclave.LoadResult{}, err
+	}
+	if err := finish(res, sources, outputs); err != nil {
+		_ = c.Unload(ctx, res.ID) // the error that matters is the first one
+		return enclave.LoadResult{}, err
+	}
+	return res, nil
 }
 
 // openSources opens the files of the model. The one that the engine opened is taken from its own descriptor, so that
@@ -233,7 +249,7 @@ func pieces(c enclave.Copy) []enclave.Copy {
 
 // copyRange copies through a descriptor of its own: sendfile writes at the file's position.
 func copyRange(dst *os.File, to int64, src *os.File, from, n int64) error {
-	out, err := os.OpenFile(ownPath(dst), os.O_WRONLY, 0)
+	out, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", dst.Fd()), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
@@ -255,14 +271,6 @@ func copyRange(dst *os.File, to int64, src *os.File, from, n int64) error {
 		n -= int64(k)
 	}
 	return nil
-}
-
-func ownPaths(files []*os.File) []string {
-	var paths []string
-	for _, f := range files {
-		paths = append(paths, ownPath(f))
-	}
-	return paths
 }
 
 func closeAll(files []*os.File) {

@@ -45,8 +45,7 @@ func run(backend, dir string) error {
 	removeWhenOrphaned(dir)
 	v := vault.New(vault.Options{})
 	defer v.Close()
-	plugin.Serve(plugin.Implementation{Loader: v, Inverter: v, Attester: attester{t}}, dir)
-	return nil
+	return plugin.Serve(plugin.Implementation{Loader: v, Inverter: v, Attester: attester{t}}, dir)
 }
 
 type attester struct{ tee.Backend }

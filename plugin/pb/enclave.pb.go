@@ -891,6 +891,86 @@ func (*GrantReply) Descriptor() ([]byte, []int) {
 	return file_enclave_proto_rawDescGZIP(), []int{12}
 }
 
+type FilesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FilesRequest) Reset() {
+	*x = FilesRequest{}
+	mi := &file_enclave_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FilesRequest) ProtoMessage() {}
+
+func (x *FilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_enclave_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FilesRequest.ProtoReflect.Descriptor instead.
+func (*FilesRequest) Descriptor() ([]byte, []int) {
+	return file_enclave_proto_rawDescGZIP(), []int{13}
+}
+
+type FilesReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // Unix socket; empty where files can be named by path only
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FilesReply) Reset() {
+	*x = FilesReply{}
+	mi := &file_enclave_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FilesReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FilesReply) ProtoMessage() {}
+
+func (x *FilesReply) ProtoReflect() protoreflect.Message {
+	mi := &file_enclave_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FilesReply.ProtoReflect.Descriptor instead.
+func (*FilesReply) Descriptor() ([]byte, []int) {
+	return file_enclave_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *FilesReply) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
 type DetachRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Plane         uint32                 `protobuf:"varint,1,opt,name=plane,proto3" json:"plane,omitempty"`
@@ -900,7 +980,7 @@ type DetachRequest struct {
 
 func (x *DetachRequest) Reset() {
 	*x = DetachRequest{}
-	mi := &file_enclave_proto_msgTypes[13]
+	mi := &file_enclave_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -912,7 +992,7 @@ func (x *DetachRequest) String() string {
 func (*DetachRequest) ProtoMessage() {}
 
 func (x *DetachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_enclave_proto_msgTypes[13]
+	mi := &file_enclave_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -925,7 +1005,7 @@ func (x *DetachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachRequest.ProtoReflect.Descriptor instead.
 func (*DetachRequest) Descriptor() ([]byte, []int) {
-	return file_enclave_proto_rawDescGZIP(), []int{13}
+	return file_enclave_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DetachRequest) GetPlane() uint32 {
@@ -943,7 +1023,7 @@ type DetachReply struct {
 
 func (x *DetachReply) Reset() {
 	*x = DetachReply{}
-	mi := &file_enclave_proto_msgTypes[14]
+	mi := &file_enclave_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1035,7 @@ func (x *DetachReply) String() string {
 func (*DetachReply) ProtoMessage() {}
 
 func (x *DetachReply) ProtoReflect() protoreflect.Message {
-	mi := &file_enclave_proto_msgTypes[14]
+	mi := &file_enclave_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1048,7 @@ func (x *DetachReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachReply.ProtoReflect.Descriptor instead.
 func (*DetachReply) Descriptor() ([]byte, []int) {
-	return file_enclave_proto_rawDescGZIP(), []int{14}
+	return file_enclave_proto_rawDescGZIP(), []int{16}
 }
 
 var File_enclave_proto protoreflect.FileDescriptor
@@ -1037,17 +1117,22 @@ const file_enclave_proto_rawDesc = "" +
 	"\x05plane\x18\x01 \x01(\rR\x05plane\x12\x14\n" +
 	"\x05model\x18\x02 \x01(\rR\x05model\"\f\n" +
 	"\n" +
-	"GrantReply\"%\n" +
+	"GrantReply\"\x0e\n" +
+	"\fFilesRequest\"&\n" +
+	"\n" +
+	"FilesReply\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\"%\n" +
 	"\rDetachRequest\x12\x14\n" +
 	"\x05plane\x18\x01 \x01(\rR\x05plane\"\r\n" +
-	"\vDetachReply2\xbc\x03\n" +
+	"\vDetachReply2\xf9\x03\n" +
 	"\aEnclave\x12>\n" +
 	"\x06Attest\x12\x1a.kvshield.v1.AttestRequest\x1a\x18.kvshield.v1.AttestReply\x12:\n" +
 	"\aInspect\x12\x1b.kvshield.v1.InspectRequest\x1a\x12.kvshield.v1.Model\x128\n" +
 	"\x04Load\x12\x18.kvshield.v1.LoadRequest\x1a\x16.kvshield.v1.LoadReply\x12>\n" +
 	"\x06Unload\x12\x1a.kvshield.v1.UnloadRequest\x1a\x18.kvshield.v1.UnloadReply\x12>\n" +
 	"\x06Attach\x12\x1a.kvshield.v1.AttachRequest\x1a\x18.kvshield.v1.AttachReply\x12;\n" +
-	"\x05Grant\x12\x19.kvshield.v1.GrantRequest\x1a\x17.kvshield.v1.GrantReply\x12>\n" +
+	"\x05Grant\x12\x19.kvshield.v1.GrantRequest\x1a\x17.kvshield.v1.GrantReply\x12;\n" +
+	"\x05Files\x12\x19.kvshield.v1.FilesRequest\x1a\x17.kvshield.v1.FilesReply\x12>\n" +
 	"\x06Detach\x12\x1a.kvshield.v1.DetachRequest\x1a\x18.kvshield.v1.DetachReplyB(Z&github.com/kvshield/kvshield/plugin/pbb\x06proto3"
 
 var (
@@ -1063,7 +1148,7 @@ func file_enclave_proto_rawDescGZIP() []byte {
 }
 
 var file_enclave_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_enclave_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_enclave_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_enclave_proto_goTypes = []any{
 	(Model_Action)(0),      // 0: kvshield.v1.Model.Action
 	(*AttestRequest)(nil),  // 1: kvshield.v1.AttestRequest
@@ -1079,8 +1164,10 @@ var file_enclave_proto_goTypes = []any{
 	(*AttachReply)(nil),    // 11: kvshield.v1.AttachReply
 	(*GrantRequest)(nil),   // 12: kvshield.v1.GrantRequest
 	(*GrantReply)(nil),     // 13: kvshield.v1.GrantReply
-	(*DetachRequest)(nil),  // 14: kvshield.v1.DetachRequest
-	(*DetachReply)(nil),    // 15: kvshield.v1.DetachReply
+	(*FilesRequest)(nil),   // 14: kvshield.v1.FilesRequest
+	(*FilesReply)(nil),     // 15: kvshield.v1.FilesReply
+	(*DetachRequest)(nil),  // 16: kvshield.v1.DetachRequest
+	(*DetachReply)(nil),    // 17: kvshield.v1.DetachReply
 }
 var file_enclave_proto_depIdxs = []int32{
 	0,  // 0: kvshield.v1.Model.action:type_name -> kvshield.v1.Model.Action
@@ -1092,16 +1179,18 @@ var file_enclave_proto_depIdxs = []int32{
 	8,  // 6: kvshield.v1.Enclave.Unload:input_type -> kvshield.v1.UnloadRequest
 	10, // 7: kvshield.v1.Enclave.Attach:input_type -> kvshield.v1.AttachRequest
 	12, // 8: kvshield.v1.Enclave.Grant:input_type -> kvshield.v1.GrantRequest
-	14, // 9: kvshield.v1.Enclave.Detach:input_type -> kvshield.v1.DetachRequest
-	2,  // 10: kvshield.v1.Enclave.Attest:output_type -> kvshield.v1.AttestReply
-	4,  // 11: kvshield.v1.Enclave.Inspect:output_type -> kvshield.v1.Model
-	7,  // 12: kvshield.v1.Enclave.Load:output_type -> kvshield.v1.LoadReply
-	9,  // 13: kvshield.v1.Enclave.Unload:output_type -> kvshield.v1.UnloadReply
-	11, // 14: kvshield.v1.Enclave.Attach:output_type -> kvshield.v1.AttachReply
-	13, // 15: kvshield.v1.Enclave.Grant:output_type -> kvshield.v1.GrantReply
-	15, // 16: kvshield.v1.Enclave.Detach:output_type -> kvshield.v1.DetachReply
-	10, // [10:17] is the sub-list for method output_type
-	3,  // [3:10] is the sub-list for method input_type
+	14, // 9: kvshield.v1.Enclave.Files:input_type -> kvshield.v1.FilesRequest
+	16, // 10: kvshield.v1.Enclave.Detach:input_type -> kvshield.v1.DetachRequest
+	2,  // 11: kvshield.v1.Enclave.Attest:output_type -> kvshield.v1.AttestReply
+	4,  // 12: kvshield.v1.Enclave.Inspect:output_type -> kvshield.v1.Model
+	7,  // 13: kvshield.v1.Enclave.Load:output_type -> kvshield.v1.LoadReply
+	9,  // 14: kvshield.v1.Enclave.Unload:output_type -> kvshield.v1.UnloadReply
+	11, // 15: kvshield.v1.Enclave.Attach:output_type -> kvshield.v1.AttachReply
+	13, // 16: kvshield.v1.Enclave.Grant:output_type -> kvshield.v1.GrantReply
+	15, // 17: kvshield.v1.Enclave.Files:output_type -> kvshield.v1.FilesReply
+	17, // 18: kvshield.v1.Enclave.Detach:output_type -> kvshield.v1.DetachReply
+	11, // [11:19] is the sub-list for method output_type
+	3,  // [3:11] is the sub-list for method input_type
 	3,  // [3:3] is the sub-list for extension type_name
 	3,  // [3:3] is the sub-list for extension extendee
 	0,  // [0:3] is the sub-list for field type_name
@@ -1122,7 +1211,7 @@ func file_enclave_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_enclave_proto_rawDesc), len(file_enclave_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,7 @@ const (
 	Enclave_Unload_FullMethodName  = "/kvshield.v1.Enclave/Unload"
 	Enclave_Attach_FullMethodName  = "/kvshield.v1.Enclave/Attach"
 	Enclave_Grant_FullMethodName   = "/kvshield.v1.Enclave/Grant"
+	Enclave_Files_FullMethodName   = "/kvshield.v1.Enclave/Files"
 	Enclave_Detach_FullMethodName  = "/kvshield.v1.Enclave/Detach"
 )
 
@@ -47,6 +48,8 @@ type EnclaveClient interface {
 	Attach(ctx context.Context, in *AttachRequest, opts ...grpc.CallOption) (*AttachReply, error)
 	// Lets a data plane use a model.
 	Grant(ctx context.Context, in *GrantRequest, opts ...grpc.CallOption) (*GrantReply, error)
+	// Where the host can lend files to the enclave as descriptors, if it can.
+	Files(ctx context.Context, in *FilesRequest, opts ...grpc.CallOption) (*FilesReply, error)
 	// Ends a data plane.
 	Detach(ctx context.Context, in *DetachRequest, opts ...grpc.CallOption) (*DetachReply, error)
 }
@@ -119,6 +122,16 @@ func (c *enclaveClient) Grant(ctx context.Context, in *GrantRequest, opts ...grp
 	return out, nil
 }
 
+func (c *enclaveClient) Files(ctx context.Context, in *FilesRequest, opts ...grpc.CallOption) (*FilesReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FilesReply)
+	err := c.cc.Invoke(ctx, Enclave_Files_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *enclaveClient) Detach(ctx context.Context, in *DetachRequest, opts ...grpc.CallOption) (*DetachReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DetachReply)
@@ -145,6 +158,8 @@ type EnclaveServer interface {
 	Attach(context.Context, *AttachRequest) (*AttachReply, error)
 	// Lets a data plane use a model.
 	Grant(context.Context, *GrantRequest) (*GrantReply, error)
+	// Where the host can lend files to the enclave as descriptors, if it can.
+	Files(context.Context, *FilesRequest) (*FilesReply, error)
 	// Ends a data plane.
 	Detach(context.Context, *DetachRequest) (*DetachReply, error)
 	mustEmbedUnimplementedEnclaveServer()
@@ -174,6 +189,9 @@ func (UnimplementedEnclaveServer) Attach(context.Context, *AttachRequest) (*Atta
 }
 func (UnimplementedEnclaveServer) Grant(context.Context, *GrantRequest) (*GrantReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Grant not implemented")
+}
+func (UnimplementedEnclaveServer) Files(context.Context, *FilesRequest) (*FilesReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Files not implemented")
 }
 func (UnimplementedEnclaveServer) Detach(context.Context, *DetachRequest) (*DetachReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Detach not implemented")
@@ -307,6 +325,24 @@ func _Enclave_Grant_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Enclave_Files_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FilesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EnclaveServer).Files(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Enclave_Files_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EnclaveServer).Files(ctx, req.(*FilesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Enclave_Detach_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DetachRequest)
 	if err := dec(in); err != nil {
@@ -355,6 +391,10 @@ var Enclave_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Grant",
 			Handler:    _Enclave_Grant_Handler,
+		},
+		{
+			MethodName: "Files",
+			Handler:    _Enclave_Files_Handler,
 		},
 		{
 			MethodName: "Detach",
