@@ -1,0 +1,36 @@
+package shield
+
+// Head says what stands at a head of a tensor of the shielded model: head number from of the true
+// model, row rows[i] of it at row i. The table belongs to the permutation and must not be changed.
+func (p *Permutation) Head(r Role, layer, head int) (from int, rows []uint16) {
+	heads := p.layerHeads(layer)
+	switch r {
+	case Query:
+		group := p.shape.Heads / p.shape.HeadsKV
+		return int(heads[head/group])*group + head%group, p.rows
+	case Key:
+		return int(heads[head]), p.rows
+	}
+	return int(heads[head]), p.valueRows(layer, head)
+}
+
+// Factors returns the frequency factors of the shielded model. own are the model's factors, one for
+// each rotary pair, or nil when it has none.
+func (p *Permutation) Factors(own []float32) ([]float32, error) {
+	return factors(p.pairs, p.shape.RotDim, p.shape.Base, own)
+}
+
+// Inverse fills a table of RowFloats entries that undoes the permutation on a row of a layer's
+// attention output: true[i] = shielded[table[i]].
+func (p *Permutation) Inverse(layer int, table []uint16) {
+	heads, d := p.layerHeads(layer), p.shape.ValueDim
+	group := p.shape.Heads / p.shape.HeadsKV
+	for h, from := range heads {
+		for i, row := range p.valueRows(layer, h) {
+			for g := range group {
+				to := (int(from)*group+g)*d + int(row)
+				table[to] = uint16((h*group+g)*d + i)
+			}
+		}
+	}
+}

@@ -1,0 +1,125 @@
+package shield
+
+import (
+	"math"
+	"slices"
+
+	"github.com/kvshield/kvshield/enclave"
+)
+
+// metadata reads the keys of one architecture and keeps the first error, so that a caller asks for
+// everything and looks once.
+type metadata struct {
+	file   File
+	prefix string
+	err    error
+}
+
+func (m *metadata) fail(err error) {
+	if m.err == nil {
+		m.err = err
+	}
+}
+
+// bad keeps what the GGUF reader says about a value.
+func (m *metadata) bad(err error) {
+	if err != nil {
+		m.fail(enclave.Invalid("%s: %v", m.file.Name, err))
+	}
+}
+
+func (m *metadata) has(key string) bool {
+	return slices.Contains(m.file.Keys(), m.prefix+key)
+}
+
+// count returns a number of things, or fallback when the key is absent.
+func (m *metadata) count(key string, fallback int) int {
+	n, found, err := m.file.Uint(m.prefix + key)
+	m.bad(err)
+	if !found {
+		return fallback
+	}
+	return m.narrow(key, n)
+}
+
+func (m *metadata) narrow(key string, n uint64) int {
+	if n > math.MaxInt32 {
+		m.fail(enclave.Invalid("%s: key %q is %d, which is out of range", m.file.Name, m.prefix+key, n))
+		return 0
+	}
+	return int(n)
+}
+
+// same returns a number that may be stated once or for every layer.
+func (m *metadata) same(key string, fallback int) int {
+	list, found, err := m.file.Uints(m.file.Data, m.prefix+key)
+	m.bad(err)
+	if !found || err != nil {
+		return fallback
+	}
+	if len(list) == 0 {
+		m.fail(enclave.Invalid("%s: key %q is an empty array", m.file.Name, m.prefix+key))
+		return 0
+	}
+	for i, n := range list {
+		if n != list[0] {
+			m.fail(enclave.Refuse("layer %d has another %s than layer 0 (%d, %d), which mode permute does not support", i, key, n, list[0]))
+		}
+	}
+	return m.narrow(key, list[0])
+}
+
+func (m *metadata) float(key string, fallback float64) float64 {
+	x, found, err := m.file.Float(m.prefix + key)
+	m.bad(err)
+	if !found {
+		return fallback
+	}
+	return x
+}
+
+func (m *metadata) text(key, fallback string) string {
+	s, found, err := m.file.Text(m.prefix + key)
+	m.bad(err)
+	if !found {
+		return fallback
+	}
+	return s
+}
+
+// shape reads the geometry of attention, with the defaults that engines have.
+func (m *metadata) shape(rope Rope) Shape {
+	s := Shape{Rope: rope, Layers: m.count("block_count", 0)}
+	s.Heads = m.same("attention.head_count", 0)
+	s.HeadsKV = m.same("attention.head_count_kv", s.Heads)
+	derived := 0
+	if s.Heads > 0 {
+		derived = m.count("embedding_length", 0) / s.Heads
+	}
+	s.KeyDim = m.count("attention.key_length", derived)
+	s.ValueDim = m.count("attention.value_length", derived)
+	if rope != RopeNone {
+		s.RotDim = m.count("rope.dimension_count", s.KeyDim)
+		s.Base = float32(m.float("rope.freq_base", 10000))
+		m.checkScaling()
+	}
+	if m.err == nil {
+		m.fail(s.check())
+	}
+	return s
+}
+
+// checkScaling refuses what makes the angle of a pair depend on where in the head it stands, other
+// than through its frequency. Linear scaling is a factor on the position and harms nothing. So is
+// YaRN with a factor of one: it blends two equal angles.
+func (m *metadata) checkScaling() {
+	kind := m.text("rope.scaling.type", "linear")
+	factor := m.float("rope.scaling.factor", m.float("rope.scale_linear", 0))
+	blends := m.float("rope.scaling.yarn_ext_factor", 0) > 0
+	switch {
+	case kind != "none" && kind != "linear" && kind != "yarn":
+		m.fail(enclave.Refuse("rotary scaling %q is not supported by mode permute (supported: none, linear)", kind))
+	case (kind == "yarn" || blends) && factor != 0 && factor != 1:
+		m.fail(enclave.Refuse("rotary scaling \"yarn\" with factor %g is not supported by mode permute: it treats a rotary pair by its place in the head, and the places are permuted", factor))
+	}
+}

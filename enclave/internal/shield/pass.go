@@ -1,0 +1,58 @@
+package shield
+
+import (
+	"strings"
+
+	"github.com/kvshield/kvshield/enclave"
+)
+
+// passes says whether an engine may open the files as they are. It goes by what engines go by: the
+// architecture says what a file can be loaded as, and a mere label such as general.type does not.
+func passes(files []File, architecture, kind string) (bool, error) {
+	switch {
+	case architecture == "":
+		return false, enclave.Invalid("%s: no key \"general.architecture\", it is not a model that an engine can load", files[0].Name)
+	case architecture == "clip", architecture == "controlvector":
+		return true, nil
+	case kind == "adapter":
+		return true, checkAdapter(files)
+	}
+	return !hasLayers(files), nil
+}
+
+// hasLayers is false for files that hold a vocabulary and nothing else.
+func hasLayers(files []File) bool {
+	for _, f := range files {
+		for _, t := range f.Tensors {
+			if strings.Contains(t.Name, "blk.") || strings.Contains(t.Name, "attn") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// checkAdapter lets through what adds nothing to queries, keys and values. An addition to the
+// attention output's projection is computed from the true attention output, so it is sound.
+func checkAdapter(files []File) error {
+	for _, f := range files {
+		for _, t := range f.Tensors {
+			base, pair := strings.CutSuffix(t.Name, ".lora_a")
+			if !pair {
+				base, pair = strings.CutSuffix(t.Name, ".lora_b")
+			}
+			if !pair {
+				return enclave.Refuse("%s: tensor %q does not belong into a LoRA adapter", f.Name, t.Name)
+			}
+			if touchesRows(base) {
+				return enclave.Refuse("%s: the adapter changes %q, whose rows mode permute has permuted; merge the adapter into the model and load that", f.Name, base)
+			}
+		}
+	}
+	return nil
+}
+
+func touchesRows(name string) bool {
+	return strings.Contains(name, "attn") &&
+		!strings.Contains(name, ".attn_output.") && !strings.Contains(name, ".attn_norm.")
+}

@@ -1,0 +1,66 @@
+package shield
+
+import "github.com/kvshield/kvshield/enclave"
+
+const (
+	// maxRow keeps the index of a float within a row in 16 bits: four times the largest llama.
+	maxRow   = 1 << 16
+	maxHeads = 1 << 12
+	// maxTable bounds the inverse tables of a model, which live in memory that is never swapped.
+	maxTable = 32 << 20
+)
+
+// Shape is the geometry of a model's attention.
+type Shape struct {
+	Layers   int
+	Heads    int // query heads
+	HeadsKV  int // key/value heads
+	KeyDim   int // head dimension of queries and keys
+	ValueDim int // head dimension of values
+	RotDim   int // rows of a query or key head that are rotated; 0 without a rotary embedding
+	Rope     Rope
+	Base     float32 // of the rotary frequencies
+}
+
+// RowFloats is the length of a row of a layer's attention output.
+func (s Shape) RowFloats() int { return s.Heads * s.ValueDim }
+
+// HeadRows says how many heads the tensor of a role has, and rows in each.
+func (s Shape) HeadRows(r Role) (heads, rows int) {
+	switch r {
+	case Query:
+		return s.Heads, s.KeyDim
+	case Key:
+		return s.HeadsKV, s.KeyDim
+	}
+	return s.HeadsKV, s.ValueDim
+}
+
+func (s Shape) check() error {
+	switch {
+	case s.Layers < 1 || s.Heads < 1 || s.KeyDim < 1 || s.ValueDim < 1:
+		return enclave.Invalid("the model has %d layers, %d query heads and head dimensions %d and %d, all of which must be above zero",
+			s.Layers, s.Heads, s.KeyDim, s.ValueDim)
+	case s.HeadsKV < 1:
+		return enclave.Refuse("the model has layers without key/value heads, which mode permute does not support")
+	case s.Heads%s.HeadsKV != 0:
+		return enclave.Invalid("%d query heads are no multiple of %d key/value heads", s.Heads, s.HeadsKV)
+	case s.RotDim < 0 || s.RotDim%2 != 0 || s.RotDim > s.KeyDim || (s.RotDim == 0) != (s.Rope == RopeNone):
+		return enclave.Invalid("a rotary embedding over %d of %d rows is not possible", s.RotDim, s.KeyDim)
+	case s.Rope != RopeNone && !(s.Base > 0 && usable(s.Base)):
+		return enclave.Invalid("a rotary embedding with base %g is not possible", s.Base)
+	}
+	return s.checkSize()
+}
+
+func (s Shape) checkSize() error {
+	if s.Heads > maxHeads || s.KeyDim > maxRow || s.ValueDim > maxRow || s.RowFloats() > maxRow {
+		return enclave.Refuse("attention with %d heads of dimension %d is larger than mode permute supports (%d heads, %d floats in a row)",
+			s.Heads, max(s.KeyDim, s.ValueDim), maxHeads, maxRow)
+	}
+	if s.Layers > maxTable/2/s.RowFloats() {
+		return enclave.Refuse("%d layers with %d floats in a row are more than mode permute supports (tables of %d bytes)",
+			s.Layers, s.RowFloats(), maxTable)
+	}
+	return nil
+}
