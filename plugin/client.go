@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
+	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -49,6 +51,8 @@ func Start(o Options) (*Client, error) {
 		return nil, err
 	}
 	cmd := exec.Command(o.Program, o.Args...)
+	cmd.Env = []string{goplugin.EnvUnixSocketDir + "=" + o.SocketDir} // go-plugin adds the host's own
+	last := &lastLine{next: o.Stderr}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
 	process := goplugin.NewClient(&goplugin.ClientConfig{
 		HandshakeConfig:  handshake,
@@ -57,16 +61,61 @@ func Start(o Options) (*Client, error) {
 		AllowedProtocols: []goplugin.Protocol{goplugin.ProtocolGRPC},
 		AutoMTLS:         true,
 		StartTimeout:     startWithin,
-		Stderr:           o.Stderr,
+		Stderr:           last,
 		Logger:           hclog.NewNullLogger(),
-		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: o.SocketDir},
 	})
 	c, err := connect(process)
 	if err != nil {
 		process.Kill()
-		return nil, fmt.Errorf("the enclave process %s did not start: %w", o.Program, err)
+		return nil, startError(o.Program, last.text(), err)
 	}
 	return c, nil
+}
+
+// startError prefers the enclave's own last line to go-plugin's page of guesses.
+func startError(program, line string, err error) error {
+	if line == "" {
+		line, _, _ = strings.Cut(err.Error(), "\n")
+	}
+	return &StartError{Program: program, Line: line, Detail: err}
+}
+
+// StartError is an enclave program that was started and did not become an enclave.
+type StartError struct {
+	Program string
+	Line    string // what it said last, else what go-plugin says
+	Detail  error  // go-plugin's account
+}
+
+func (e *StartError) Error() string {
+	return fmt.Sprintf("the enclave program %s did not start: %s", e.Program, e.Line)
+}
+
+func (e *StartError) Unwrap() error { return e.Detail }
+
+// lastLine remembers the last line written to it.
+type lastLine struct {
+	mu   sync.Mutex
+	line string
+	next io.Writer
+}
+
+func (l *lastLine) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if text := strings.TrimSpace(string(p)); text != "" {
+		l.line = text[strings.LastIndexByte(text, '\n')+1:]
+	}
+	if l.next != nil {
+		return l.next.Write(p)
+	}
+	return len(p), nil
+}
+
+func (l *lastLine) text() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.line
 }
 
 func connect(process *goplugin.Client) (*Client, error) {

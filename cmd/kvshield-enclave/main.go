@@ -44,7 +44,6 @@ func run(backend, dir string) error {
 	}
 	removeWhenOrphaned(dir)
 	v := vault.New(vault.Options{})
-	defer v.Close()
 	return plugin.Serve(plugin.Implementation{Loader: v, Inverter: v, Attester: attester{t}}, dir)
 }
 

@@ -1,0 +1,72 @@
+// Package e2e runs the command against the real engines: what a user would see, compared with what the stock engine
+// says.
+package e2e
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// root of the repository.
+var root = func() string {
+	dir, err := filepath.Abs("..")
+	if err != nil {
+		panic(err)
+	}
+	return dir
+}()
+
+var (
+	kvshield  = filepath.Join(root, "bin", "kvshield")
+	demoModel = filepath.Join(root, "examples", "model", "demo.gguf")
+)
+
+func engine(name string) string { return filepath.Join(root, ".engine", "bin", name) }
+
+func TestMain(m *testing.M) {
+	for path, how := range map[string]string{
+		kvshield: "make build",
+		filepath.Join(root, "bin", "kvshield-enclave"): "make build",
+		filepath.Join(root, "bin", "libkvshield.so"):   "make build",
+		engine("llama-server"):                         "make engine",
+		filepath.Join(root, ".engine", "node"):         "make node-host",
+	} {
+		if _, err := os.Stat(path); err != nil {
+			fmt.Fprintf(os.Stderr, "e2e: %s is missing: run `%s` (or `make test`, which does)\n", path, how)
+			os.Exit(1)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// vulkan is the environment in which ggml sees the software Vulkan device.
+func vulkan(t *testing.T) []string {
+	t.Helper()
+	f, err := os.Open(filepath.Join(root, ".engine", "vulkan.env"))
+	if err != nil {
+		t.Fatalf("no Vulkan device: %v; run `make engine`", err)
+	}
+	defer f.Close()
+	var env []string
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if strings.Contains(lines.Text(), "=") {
+			env = append(env, lines.Text())
+		}
+	}
+	return env
+}
+
+var prompts = []string{
+	"The old captain looked at the sea",
+	"Fellow citizens of the Senate",
+	"Call me",
+	"It was a cold morning when the ship",
+	"The public debt of the United States",
+	"There she blows! cried the mate",
+	"In the matter of the treaty with Great Britain, I have",
+	"The whale is",
+}
