@@ -4,20 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// Peer is one engine process that has connected.
-type Peer struct {
-	PID  int // as the kernel tells it
-	conn *net.UnixConn
-	send sync.Mutex
-}
 
 // Handler is what the supervisor does for engine processes. Its methods are called for one peer in sequence,
 // for several peers at once.
@@ -29,7 +24,7 @@ type Handler interface {
 	Open(ctx context.Context, p *Peer, path string, model *os.File) (Opened, *os.File, error)
 	// Fatal passes on why the hook is about to end its process.
 	Fatal(p *Peer, message string)
-	// Gone is called once when a peer that said hello is gone.
+	// Gone is called once for every peer whose Hello was granted, when it is gone.
 	Gone(p *Peer)
 }
 
@@ -41,8 +36,16 @@ type Server struct {
 	uid      uint32
 	wg       sync.WaitGroup
 	mu       sync.Mutex
-	peers    map[*Peer]struct{}
+	peers    map[*Peer]struct{} // all that are connected, from before their hello
+	closed   bool
 }
+
+const (
+	// maxPeers at once: each costs the enclave a thread, and its memory.
+	maxPeers    = 256
+	helloWithin = 10 * time.Second
+	acceptPause = 50 * time.Millisecond
+)
 
 // Listen makes the socket at path. Its directory must be closed to other users.
 func Listen(path string, h Handler) (*Server, error) {
@@ -58,70 +61,106 @@ func (s *Server) Serve(ctx context.Context) error {
 	defer s.wg.Wait()
 	for {
 		conn, err := s.listener.AcceptUnix()
-		if errors.Is(err, net.ErrClosed) {
+		switch {
+		case errors.Is(err, net.ErrClosed):
 			return nil
-		}
-		if err != nil {
+		case transient(err):
+			time.Sleep(acceptPause)
+		case err != nil:
 			return fmt.Errorf("session socket: %w", err)
+		default:
+			s.wg.Go(func() {
+				defer conn.Close()
+				s.receive(ctx, &Peer{conn: conn})
+			})
 		}
-		s.wg.Add(1)
-		go func() {
-			defer s.wg.Done()
-			defer conn.Close()
-			s.attend(ctx, conn)
-		}()
 	}
+}
+
+// transient says whether a later accept may succeed: the machine was short of something.
+func transient(err error) bool {
+	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.ECONNABORTED} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // Stop tells every engine process to end, and why.
 func (s *Server) Stop(reason string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for p := range s.peers {
-		_ = p.write(text(typeStop, reason), nil) // a peer that cannot be told is gone already
+	var told sync.WaitGroup
+	for _, p := range s.connected() {
+		// Each on its own: one that takes no messages must not keep the others from being told.
+		told.Go(func() { _ = p.write(text(typeStop, reason), nil) })
 	}
+	told.Wait()
 }
 
 // Close stops listening, removes the socket and hangs up on every peer, which ends their processes.
 func (s *Server) Close() error {
 	err := s.listener.Close()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for p := range s.peers {
+	s.closed = true
+	s.mu.Unlock()
+	for _, p := range s.connected() {
 		p.conn.Close()
 	}
 	return err
 }
 
-func (s *Server) track(p *Peer, present bool) {
+func (s *Server) connected() []*Peer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if present {
-		s.peers[p] = struct{}{}
-	} else {
-		delete(s.peers, p)
+	return slices.Collect(maps.Keys(s.peers))
+}
+
+func (s *Server) admit(p *Peer) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed:
+		return errors.New("this kvshield is ending")
+	case len(s.peers) >= maxPeers:
+		return fmt.Errorf("%d engine processes are connected, and this kvshield serves no more at once", len(s.peers))
+	}
+	s.peers[p] = struct{}{}
+	return nil
+}
+
+func (s *Server) leave(p *Peer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.peers, p)
+}
+
+func (s *Server) receive(ctx context.Context, p *Peer) {
+	err := s.admit(p)
+	if err == nil {
+		defer s.leave(p)
+		p.PID, err = s.credentials(p.conn)
+	}
+	if err == nil {
+		err = s.attend(ctx, p)
+	}
+	if err != nil {
+		p.refuse(err) // it may be gone already
 	}
 }
 
-func (s *Server) attend(ctx context.Context, conn *net.UnixConn) {
-	pid, err := s.credentials(conn)
-	p := &Peer{PID: pid, conn: conn}
+// attend serves a peer. It returns an error where the hello came to nothing.
+func (s *Server) attend(ctx context.Context, p *Peer) error {
+	welcome, file, err := s.hello(ctx, p)
 	if err != nil {
-		_ = p.write(text(typeRefused, err.Error()), nil)
-		return
+		return err
 	}
-	if err := s.hello(ctx, p); err != nil {
-		_ = p.write(text(typeRefused, err.Error()), nil)
-		return
-	}
-	s.track(p, true)
 	defer s.handler.Gone(p)
-	defer s.track(p, false)
-	for {
-		if err := s.next(ctx, p); err != nil {
-			return
-		}
+	err = p.write(welcome.encode(), file)
+	file.Close()
+	for err == nil {
+		err = s.next(ctx, p)
 	}
+	return nil
 }
 
 // credentials lets in processes of the same user only: the directory's mode says so too, but a socket can be
@@ -144,27 +183,24 @@ func (s *Server) credentials(conn *net.UnixConn) (pid int, err error) {
 	return int(cred.Pid), nil
 }
 
-func (s *Server) hello(ctx context.Context, p *Peer) error {
+func (s *Server) hello(ctx context.Context, p *Peer) (Welcome, *os.File, error) {
+	_ = p.conn.SetReadDeadline(time.Now().Add(helloWithin))
 	t, body, f, err := p.read()
 	if err != nil {
-		return err
+		return Welcome{}, nil, err
 	}
+	_ = p.conn.SetReadDeadline(time.Time{})
 	if f != nil {
 		f.Close()
 	}
 	if t != typeHello {
-		return malformed("type %d before hello", t)
+		return Welcome{}, nil, malformed("type %d before hello", t)
 	}
 	h, err := decodeHello(body)
 	if err != nil {
-		return err
+		return Welcome{}, nil, err
 	}
-	w, file, err := s.handler.Hello(ctx, p, h)
-	if err != nil {
-		return err
-	}
-	defer file.Close()
-	return p.write(w.encode(), file)
+	return s.handler.Hello(ctx, p, h)
 }
 
 func (s *Server) next(ctx context.Context, p *Peer) error {
@@ -179,6 +215,10 @@ func (s *Server) next(ctx context.Context, p *Peer) error {
 	case typeOpen:
 		return s.open(ctx, p, body, f)
 	case typeFatal:
+		if p.ended {
+			return malformed("two last words")
+		}
+		p.ended = true
 		s.handler.Fatal(p, string(body))
 		return nil
 	}
@@ -198,72 +238,11 @@ func (s *Server) open(ctx context.Context, p *Peer, body []byte, model *os.File)
 		defer file.Close()
 	}
 	if err != nil {
-		return p.write(text(typeRefused, err.Error()), nil)
+		return p.refuse(err)
 	}
 	b, err := answer.encode()
 	if err != nil {
-		return p.write(text(typeRefused, err.Error()), nil)
+		return p.refuse(err)
 	}
 	return p.write(b, file)
-}
-
-func (p *Peer) write(b []byte, file *os.File) error {
-	p.send.Lock()
-	defer p.send.Unlock()
-	var rights []byte
-	if file != nil {
-		rights = unix.UnixRights(int(file.Fd()))
-	}
-	_, _, err := p.conn.WriteMsgUnix(b, rights, nil)
-	return err
-}
-
-func (p *Peer) read() (Type, []byte, *os.File, error) {
-	buf := make([]byte, headerSize+bodyMax)
-	oob := make([]byte, unix.CmsgSpace(4*4))
-	n, oobn, flags, _, err := p.conn.ReadMsgUnix(buf, oob)
-	if err != nil {
-		return 0, nil, nil, err
-	}
-	file := firstFile(oob[:oobn])
-	if n == 0 {
-		return 0, nil, file, io.EOF
-	}
-	if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
-		err = malformed("longer than %d bytes", len(buf))
-	} else {
-		var t Type
-		var body []byte
-		if t, body, err = decode(buf[:n]); err == nil {
-			return t, body, file, nil
-		}
-	}
-	if file != nil {
-		file.Close()
-	}
-	return 0, nil, nil, err
-}
-
-// firstFile takes the first descriptor and closes any other: a peer must not fill our table.
-func firstFile(oob []byte) *os.File {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil
-	}
-	var first *os.File
-	for _, m := range messages {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			if first == nil {
-				first = os.NewFile(uintptr(fd), "model")
-			} else {
-				unix.Close(fd)
-			}
-		}
-	}
-	return first
 }
