@@ -237,3 +237,10 @@ func (s *server) completeAll(t *testing.T, n, parallel int, more map[string]any)
 	}
 	return answers
 }
+
+func httpClient(t *testing.T) *http.Client {
+	t.Helper()
+	transport := &http.Transport{}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: patience}
+}

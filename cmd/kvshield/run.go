@@ -7,7 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -100,26 +100,27 @@ func runShielded(o *options, child *exec.Cmd) error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("cannot become the reaper of the program's children: %w", err)
 	}
-	violations := watchTree(ctx, s)
+	endWatch := watchTree(ctx, s)
 	child.Env = s.Environment(os.Environ())
 	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	forker.Do(func() { err = child.Start() })
 	if err != nil {
 		return fmt.Errorf("cannot start %s: %w", child.Args[0], err)
 	}
-	stop := forwardSignals(child.Process)
+	signals := forwardSignals(child.Process)
 	err = child.Wait()
-	stop()
 	tree := descendants{exempt: s.EnclavePID}
-	tree.waitWhile(s.Greeted)
+	tree.waitWhile(func(pid int) bool { return s.Greeted(pid) && !signals.ending() })
 	tree.end()
-	return lastWords(s, child.Args[0], violations(), err)
+	signals.stop()
+	return lastWords(s, child.Args[0], endWatch(), err)
 }
 
-// watchTree starts the watch over this process's descendants and returns what to call for its findings.
-func watchTree(ctx context.Context, s *supervisor.Supervisor) func() []watch.Violation {
-	var mu sync.Mutex
+// watchTree starts the watch over this process's descendants. The returned function ends it and returns what it found.
+func watchTree(ctx context.Context, s *supervisor.Supervisor) (end func() []watch.Violation) {
 	var found []watch.Violation
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
 	w := watch.New(watch.Config{
 		Root:    os.Getpid(),
 		Exempt:  func(pid int) bool { return pid == s.EnclavePID() },
@@ -127,36 +128,47 @@ func watchTree(ctx context.Context, s *supervisor.Supervisor) func() []watch.Vio
 		Hook:    s.Hook(),
 		Violated: func(v watch.Violation) {
 			say("%v", v)
-			mu.Lock()
-			defer mu.Unlock()
 			found = append(found, v)
 		},
 	})
-	go w.Run(ctx)
+	go func() { defer close(done); w.Run(ctx) }()
 	return func() []watch.Violation {
-		mu.Lock()
-		defer mu.Unlock()
+		cancel()
+		<-done
 		return found
 	}
 }
 
+// forwarding passes signals on to the program.
+type forwarding struct {
+	signals chan os.Signal
+	end     atomic.Bool // somebody wants the run to end
+}
+
 // forwardSignals passes on what is sent to this process alone. An interrupt from the terminal reaches the program
 // by itself.
-func forwardSignals(p *os.Process) (stop func()) {
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
+func forwardSignals(p *os.Process) *forwarding {
+	f := &forwarding{signals: make(chan os.Signal, 8)}
+	signal.Notify(f.signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	_, err := unix.IoctlGetTermios(int(os.Stdin.Fd()), unix.TCGETS)
 	terminal := err == nil
 	go func() {
-		for sig := range signals {
+		for sig := range f.signals {
+			if sig != syscall.SIGUSR1 && sig != syscall.SIGUSR2 {
+				f.end.Store(true)
+			}
 			if terminal && (sig == syscall.SIGINT || sig == syscall.SIGQUIT) {
 				continue
 			}
 			_ = p.Signal(sig)
 		}
 	}()
-	return func() { signal.Stop(signals); close(signals) }
+	return f
 }
+
+func (f *forwarding) ending() bool { return f.end.Load() }
+
+func (f *forwarding) stop() { signal.Stop(f.signals); close(f.signals) }
 
 func lastWords(s *supervisor.Supervisor, program string, violations []watch.Violation, err error) error {
 	e := s.Events()

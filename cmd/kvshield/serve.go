@@ -16,6 +16,7 @@ import (
 
 	"github.com/kvshield/kvshield/adapters/llamacpp"
 	"github.com/kvshield/kvshield/adapters/supervisor"
+	"github.com/kvshield/kvshield/adapters/watch"
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/proxy"
 )
@@ -103,8 +104,8 @@ type host struct {
 	env        []string
 	protection string
 	server     atomic.Pointer[llamacpp.Server]
-	reason     atomic.Pointer[string] // why requests cannot be answered; nil when they can
-	stopWatch  context.CancelFunc
+	reason     atomic.Pointer[string]   // why requests cannot be answered; nil when they can
+	endWatch   func() []watch.Violation // nil while nothing is watched
 }
 
 func newHost(ctx context.Context, f *serveFlags, program string, args []string) (*host, error) {
@@ -112,7 +113,7 @@ func newHost(ctx context.Context, f *serveFlags, program string, args []string) 
 	if err != nil {
 		return nil, err
 	}
-	h := &host{flags: f, program: program, args: args, log: cfg.Log, env: os.Environ(), stopWatch: func() {}}
+	h := &host{flags: f, program: program, args: args, log: cfg.Log, env: os.Environ()}
 	h.notReady("the engine is starting")
 	if f.mode == modeOff {
 		h.protection = "mode off: the KV cache is in clear"
@@ -150,9 +151,7 @@ func (h *host) prepare(ctx context.Context) error {
 	if !report.Hardware {
 		h.protection += ": no hardware protection"
 	}
-	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
-	h.stopWatch = stop
-	watchTree(watching, h.shield)
+	h.endWatch = watchTree(context.WithoutCancel(ctx), h.shield)
 	return nil
 }
 
@@ -289,7 +288,9 @@ func (h *host) close() {
 	if s := h.server.Load(); s != nil {
 		s.Stop()
 	}
-	h.stopWatch()
+	if h.endWatch != nil {
+		h.endWatch()
+	}
 	if h.shield != nil {
 		h.shield.Close()
 	} else if h.dir != nil {
