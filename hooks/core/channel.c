@@ -5,6 +5,7 @@
 #include "kvs.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -91,6 +92,8 @@ static void attach_shm(int fd)
 static void attach_socket(int fd)
 {
     struct timeval t = {channel.timeout_ms / 1000, (channel.timeout_ms % 1000) * 1000};
+    /* The mode comes along with the descriptor; a socket that does not block knows no timeout. */
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
     setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
     channel.fd = fd;

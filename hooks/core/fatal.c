@@ -1,8 +1,11 @@
 #include "kvs.h"
 
+#include <poll.h>
 #include <stdarg.h>
 #include <string.h>
 #include <unistd.h>
+
+#define PRINT_WITHIN_MS 1000
 
 static size_t line(char *out, size_t len, const char *format, va_list args)
 {
@@ -15,9 +18,11 @@ static size_t line(char *out, size_t len, const char *format, va_list args)
     return end + 1;
 }
 
+/* The process is to end even when nobody empties the pipe that its messages go to. */
 static void print(const char *text, size_t len)
 {
-    while (len > 0) {
+    struct pollfd out = {.fd = STDERR_FILENO, .events = POLLOUT};
+    while (len > 0 && poll(&out, 1, PRINT_WITHIN_MS) > 0) {
         ssize_t n = write(STDERR_FILENO, text, len);
         if (n <= 0)
             return;

@@ -11,6 +11,8 @@
 
 #define MATCH_CACHE 64
 
+/* One exchange at a time; graphs of other models go on meanwhile, so it is not held under `lock`. */
+static pthread_mutex_t exchanging = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct kvs_model *models; /* newest first */
 
@@ -51,13 +53,14 @@ static int64_t mtime_ns(const struct stat *st)
  */
 static struct kvs_model *same_load(const char *path, const struct stat *st)
 {
-    for (struct kvs_model *m = models; m; m = m->next)
-        if (strcmp(m->path, path) == 0)
-            return !m->used && m->dev == (int64_t)st->st_dev && m->ino == (int64_t)st->st_ino &&
-                           m->size == st->st_size && m->mtime_ns == mtime_ns(st)
-                       ? m
-                       : NULL;
-    return NULL;
+    pthread_mutex_lock(&lock);
+    struct kvs_model *m = models;
+    while (m && strcmp(m->path, path) != 0)
+        m = m->next;
+    bool same = m && !m->used && m->dev == (int64_t)st->st_dev && m->ino == (int64_t)st->st_ino &&
+                m->size == st->st_size && m->mtime_ns == mtime_ns(st);
+    pthread_mutex_unlock(&lock);
+    return same ? m : NULL;
 }
 
 static struct kvs_model *add(const char *path, const struct stat *st, const struct kvs_opened *info)
@@ -72,9 +75,11 @@ static struct kvs_model *add(const char *path, const struct stat *st, const stru
     m->ino = (int64_t)st->st_ino;
     m->size = st->st_size;
     m->mtime_ns = mtime_ns(st);
+    pthread_mutex_lock(&lock);
     m->next = models;
     models = m;
     memset(matched, 0, sizeof matched);
+    pthread_mutex_unlock(&lock);
     return m;
 }
 
@@ -87,7 +92,7 @@ bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
     if (fd < 0)
         return false; /* the engine's own error is the right one */
 
-    pthread_mutex_lock(&lock);
+    pthread_mutex_lock(&exchanging);
     *model = same_load(path, &st);
     if (!*model) {
         struct kvs_opened info;
@@ -99,7 +104,7 @@ bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
             *refused = true;
         }
     }
-    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&exchanging);
     close(fd);
     return *model != NULL;
 }
@@ -138,10 +143,12 @@ void kvs_model_path(const struct kvs_model *m, char *out, size_t len)
 
 bool kvs_model_is_marker(const char *name)
 {
-    for (struct kvs_model *m = models; m; m = m->next)
-        if (strcmp(m->info.marker, name) == 0)
-            return true;
-    return false;
+    pthread_mutex_lock(&lock);
+    struct kvs_model *m = models;
+    while (m && strcmp(m->info.marker, name) != 0)
+        m = m->next;
+    pthread_mutex_unlock(&lock);
+    return m != NULL;
 }
 
 static struct kvs_model *compare(const struct kvs_ggml *g, const struct ggml_tensor *t)

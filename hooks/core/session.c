@@ -45,7 +45,7 @@ static struct {
              .lock = PTHREAD_MUTEX_INITIALIZER,
              .arrived = PTHREAD_COND_INITIALIZER};
 
-static bool send_message(int fd, uint16_t type, const void *body, size_t len, int pass)
+static bool send_message(int fd, uint16_t type, const void *body, size_t len, int pass, int flags)
 {
     struct header h = {MAGIC, VERSION, type, (uint32_t)len, 0};
     struct iovec parts[2] = {{&h, sizeof h}, {(void *)body, len}};
@@ -65,7 +65,7 @@ static bool send_message(int fd, uint16_t type, const void *body, size_t len, in
     }
     ssize_t n;
     do
-        n = sendmsg(fd, &m, MSG_NOSIGNAL);
+        n = sendmsg(fd, &m, MSG_NOSIGNAL | flags);
     while (n < 0 && errno == EINTR);
     return n == (ssize_t)(sizeof h + len);
 }
@@ -148,7 +148,7 @@ static int dial(void)
 static void ask(uint16_t type, const void *body, size_t len, int pass, struct message *out)
 {
     pthread_mutex_lock(&session.request);
-    if (!send_message(session.fd, type, body, len, pass))
+    if (!send_message(session.fd, type, body, len, pass, 0))
         kvs_die("the kvshield supervisor is gone: %s", strerror(errno));
     pthread_mutex_lock(&session.lock);
     while (!session.have_reply)
@@ -246,5 +246,5 @@ void kvs_session_open(const char *path, int fd, struct kvs_opened *out)
 void kvs_session_last_words(const char *message)
 {
     if (session.fd >= 0 && session.pid == getpid())
-        send_message(session.fd, FATAL, message, strlen(message), -1);
+        send_message(session.fd, FATAL, message, strlen(message), -1, MSG_DONTWAIT); /* a frozen supervisor must not keep us */
 }

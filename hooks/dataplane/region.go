@@ -76,8 +76,8 @@ func initialise(f *os.File, capacity uint32) error {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
 		return fmt.Errorf("cannot seal the data plane's memory: %w", err)
 	}
-	r, err := Map(f)
-	if err != nil && !errors.Is(err, errBlank) {
+	r, err := mapFile(f)
+	if err != nil {
 		return err
 	}
 	defer r.Close()
@@ -85,10 +85,20 @@ func initialise(f *os.File, capacity uint32) error {
 	return nil
 }
 
-var errBlank = errors.New("the region is blank")
-
 // Map maps a region's file. It checks that the file is sealed against shrinking.
 func Map(f *os.File) (*Region, error) {
+	r, err := mapFile(f)
+	if err != nil {
+		return nil, err
+	}
+	if *r.word(0) != magic || *r.word(4) != frame.Version || *r.word(8) != r.capacity {
+		r.Close()
+		return nil, errors.New("the data plane's memory is of another version")
+	}
+	return r, nil
+}
+
+func mapFile(f *os.File) (*Region, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
@@ -106,15 +116,7 @@ func Map(f *os.File) (*Region, error) {
 		return nil, fmt.Errorf("cannot map the data plane: %w", err)
 	}
 	_ = unix.Madvise(m, unix.MADV_DONTDUMP) // best effort: rows are as public as the accelerator's memory
-	r := &Region{memory: m, capacity: uint32(capacity)}
-	if *r.word(0) == 0 {
-		return r, errBlank
-	}
-	if *r.word(0) != magic || *r.word(4) != frame.Version || *r.word(8) != r.capacity {
-		unix.Munmap(m)
-		return nil, fmt.Errorf("the data plane's memory is of another version")
-	}
-	return r, nil
+	return &Region{memory: m, capacity: uint32(capacity)}, nil
 }
 
 // Close unmaps the region. Serve must have returned.
