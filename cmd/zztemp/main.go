@@ -61,5 +61,5 @@ func main() {
 	flag.String("tee", "", "")
 	d := flag.String("runtime-dir", "", "")
 	flag.Parse()
-	plugin.Serve(plugin.Implementation{fake{}, fake{}, fake{}}, *d)
+	if err := plugin.Serve(plugin.Implementation{fake{}, fake{}, fake{}}, *d); err != nil { panic(err) }
 }
