@@ -82,7 +82,9 @@ func ServeSocket(conn net.Conn, inverter enclave.Inverter, capacity uint32) erro
 		}
 		h, err := frame.Decode(request, capacity)
 		if err == nil {
-			if _, err := io.ReadFull(conn, in[:h.Payload]); err != nil {
+			if _, err := io.ReadFull(conn, in[:h.Payload]); errors.Is(err, io.EOF) {
+				return io.ErrUnexpectedEOF
+			} else if err != nil {
 				return err
 			}
 		}

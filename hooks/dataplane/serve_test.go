@@ -101,7 +101,7 @@ func TestSocketHangsUpOnMalformed(t *testing.T) {
 }
 
 func TestSocketCutInMidFrame(t *testing.T) {
-	for name, cut := range map[string]int{"header": 10, "rows": frame.HeaderSize + 2} {
+	for name, cut := range map[string]int{"header": 10, "before the rows": frame.HeaderSize, "rows": frame.HeaderSize + 2} {
 		t.Run(name, func(t *testing.T) {
 			s := connectSocket(t, 4096)
 			b := make([]byte, frame.HeaderSize+4)
