@@ -149,7 +149,7 @@ func TestScriptWithTwoServers(t *testing.T) {
 
 // Node's node-llama-cpp carries an older libllama and loads it with local scope.
 func TestNode(t *testing.T) {
-	script := []string{filepath.Join(root, ".engine", "node", "complete.mjs"), demoModel, "The old whale", "64"}
+	script := []string{filepath.Join(root, ".engine", "node", "complete.mjs"), demoModel, prompts[0], "64"}
 	want, errs, err := run(t, nil, "node", script...)
 	if err != nil || strings.TrimSpace(want) == "" {
 		t.Fatalf("stock: %v, printed %q\n%s", err, want, errs)

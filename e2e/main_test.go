@@ -60,13 +60,16 @@ func vulkan(t *testing.T) []string {
 	return env
 }
 
+// prompts are those, of some fifty tried, after which the demo model's two best tokens stay furthest apart: at least 0.014 in
+// log-probability over 200 tokens. Closer ties fall either way, for the stock engine too: with flash attention
+// and without it, its own log-probabilities differ by up to 0.018.
 var prompts = []string{
-	"The old captain looked at the sea",
+	"At last",
+	"The sailors",
+	"The Constitution of the United States",
+	"Upon the whole",
 	"Fellow citizens of the Senate",
-	"Call me",
-	"It was a cold morning when the ship",
-	"The public debt of the United States",
-	"There she blows! cried the mate",
-	"In the matter of the treaty with Great Britain, I have",
-	"The whale is",
+	"Our foreign relations",
+	"The President of the United States",
+	"The Indian tribes",
 }

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"syscall"
+	"time"
 
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/enclave/tee"
@@ -53,16 +54,25 @@ func (a attester) Attest(_ context.Context, nonce []byte) (enclave.Report, error
 	return a.Report(nonce)
 }
 
+const (
+	orphanedWithin = 2 * time.Second
+	orphanedLook   = 5 * time.Millisecond
+)
+
 // removeWhenOrphaned tidies up after a supervisor that was killed: its death is signalled to this process
-// (PR_SET_PDEATHSIG), which is the last one to know the runtime directory.
+// (PR_SET_PDEATHSIG), which is the last one to know the runtime directory. The signal comes while the supervisor is
+// still dying, a moment before this process has another parent.
 func removeWhenOrphaned(dir string) {
 	parent := os.Getppid()
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM)
 	go func() {
 		<-signals
-		if os.Getppid() != parent {
-			os.RemoveAll(dir)
+		for end := time.Now().Add(orphanedWithin); time.Now().Before(end); time.Sleep(orphanedLook) {
+			if os.Getppid() != parent {
+				os.RemoveAll(dir)
+				break
+			}
 		}
 		os.Exit(0)
 	}()

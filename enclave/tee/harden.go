@@ -105,6 +105,8 @@ func confineFiles(opt Options) (string, error) {
 		landlock.PathAccess(readOnly, "/"),
 		landlock.RWFiles("/dev/null").IgnoreIfMissing(),
 		landlock.RWDirs(opt.WritableDirs...),
+		// To remove a writable directory itself takes this right on its parent; rmdir takes empty ones only.
+		landlock.PathAccess(landlock.AccessFSSet(ll.AccessFSRemoveDir), parents(opt.WritableDirs)...),
 	)
 	if err != nil {
 		return "", err
@@ -114,6 +116,14 @@ func confineFiles(opt Options) (string, error) {
 		got += ", no TCP"
 	}
 	return got, nil
+}
+
+func parents(dirs []string) []string {
+	var up []string
+	for _, dir := range dirs {
+		up = append(up, filepath.Dir(dir))
+	}
+	return up
 }
 
 func denySyscalls(Options) (string, error) {
