@@ -55,7 +55,7 @@ tools:
 demo: build engine ## the shielded server beside the stock one, on the demo model
 	@examples/quickstart/demo.sh
 
-bench: build engine bench-model ## shielded against stock, side by side (MODEL=, BENCHFLAGS=)
+bench: build engine $(filter .engine/bench.gguf,$(MODEL)) ## shielded against stock, side by side (MODEL=, BENCHFLAGS=)
 	bin/kvshield bench -m '$(MODEL)' $(BENCHFLAGS)
 
 fuzz: ## every fuzz target, one after another (FUZZTIME=60s each)

@@ -1,0 +1,119 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/kvshield/kvshield/adapters/llamacpp"
+	"github.com/kvshield/kvshield/adapters/supervisor"
+	"github.com/kvshield/kvshield/internal/gguf"
+)
+
+// healthEvery is closer than llamacpp.Server.WaitHealthy looks, whose step would be a good part of a small load.
+const healthEvery = 5 * time.Millisecond
+
+// loading is one measurement of a load.
+type loading struct{ seconds float64 }
+
+// measureLoad times a llama-server from its start until it answers that its model is loaded.
+func (c *Config) measureLoad(ctx context.Context, shield Shield) (loading, error) {
+	dir, err := supervisor.NewRuntimeDir()
+	if err != nil {
+		return loading{}, err
+	}
+	defer dir.Remove()
+	sc := llamacpp.ServerConfig{Program: c.Server, Model: c.Model, Socket: dir.Path("engine.sock"), Env: environment(shield)}
+	if c.Threads > 0 {
+		sc.Args = []string{"-t", strconv.Itoa(c.Threads)}
+	}
+	began := time.Now()
+	s, err := llamacpp.StartServer(sc)
+	if err != nil {
+		return loading{}, err
+	}
+	err = waitHealthy(ctx, s)
+	took := time.Since(began)
+	s.Kill()
+	return loading{took.Seconds()}, serverError(err)
+}
+
+func waitHealthy(ctx context.Context, s *llamacpp.Server) error {
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport, Timeout: 5 * time.Second}
+	tick := time.NewTicker(healthEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.Done():
+			return s.Err()
+		case <-tick.C:
+		}
+		resp, err := client.Get("http://llama-server/health")
+		if err != nil {
+			continue
+		}
+		resp.Body.Close()
+		if resp.StatusCode == http.StatusOK {
+			return nil
+		}
+	}
+}
+
+// serverError adds the last words of a server that ended by itself.
+func serverError(err error) error {
+	var exit *llamacpp.ExitError
+	if errors.As(err, &exit) && exit.Tail != "" {
+		return fmt.Errorf("%w; its last words:\n  %s", err, exit.Tail)
+	}
+	return err
+}
+
+// readModel reads the files of a model once.
+func readModel(ctx context.Context, path string) error {
+	f, g, err := gguf.Open(path)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	paths := []string{path}
+	if n, found, err := g.Uint("split.count"); err == nil && found && n > 1 && n <= 4096 {
+		if paths, err = gguf.SplitPaths(path, int(n)); err != nil {
+			return err
+		}
+	}
+	for _, p := range paths {
+		if err := readFile(ctx, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func readFile(ctx context.Context, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	buf := make([]byte, 4<<20)
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if _, err := f.Read(buf); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("cannot read %s: %w", path, err)
+		}
+	}
+}
