@@ -234,3 +234,14 @@ func TestSessionSocketGone(t *testing.T) {
 		t.Errorf("an engine without a session answered %q", c.Content)
 	}
 }
+
+// The shielded model's frequency factors are right for the model's own rotary embedding only.
+func TestAnotherRotaryEmbeddingIsRefused(t *testing.T) {
+	for _, flags := range [][]string{{"--rope-freq-base", "20000"}, {"--rope-scaling", "yarn", "--rope-scale", "4"}} {
+		out, errs, err := run(t, nil, kvshield, append([]string{"run", "--", "llama-completion", "-m", demoModel, "-no-cnv", "--no-display-prompt",
+			"-n", "20", "-p", prompts[0]}, flags...)...)
+		if err == nil || strings.TrimSpace(out) != "" || !strings.Contains(errs, "another rotary embedding than its model's own") {
+			t.Errorf("%v: error %v, printed %q\n%s", flags, err, out, errs)
+		}
+	}
+}

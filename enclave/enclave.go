@@ -54,12 +54,14 @@ type Model struct {
 	Name         string // general.name, may be empty
 	Files        int    // files of the model: 1, or the number of splits
 	Layers       int
-	Heads        int   // query heads
-	HeadsKV      int   // key/value heads
-	HeadDim      int   // head dimension, of values
-	RowFloats    int   // floats in one row of a layer's attention output: Heads * HeadDim
-	Bytes        int64 // size of the model's files together
-	ShieldBytes  int64 // bytes that the enclave rewrites: attention tensors
+	Heads        int     // query heads
+	HeadsKV      int     // key/value heads
+	HeadDim      int     // head dimension, of values
+	RowFloats    int     // floats in one row of a layer's attention output: Heads * HeadDim
+	RotaryDim    int     // rows of a key head that are rotated; 0 without a rotary embedding
+	RotaryBase   float32 // base of the rotary frequencies that the shielded model was made for
+	Bytes        int64   // size of the model's files together
+	ShieldBytes  int64   // bytes that the enclave rewrites: attention tensors
 }
 
 // LoadResult is a shielded model, ready once the caller has done the copies.

@@ -86,7 +86,8 @@ func loadSet(ctx context.Context, c *plugin.Client, path string, model *os.File)
 		return nil, err
 	}
 	return &modelSet{id: res.ID, paths: paths, files: outputs, opened: session.Opened{Shield: true, Model: uint32(res.ID),
-		Layers: uint32(res.Layers), RowFloats: uint32(res.RowFloats), Marker: res.Marker, Fingerprint: res.Fingerprint}}, nil
+		Layers: uint32(res.Layers), RowFloats: uint32(res.RowFloats),
+		RotaryDim: uint32(res.RotaryDim), RotaryBase: res.RotaryBase, Marker: res.Marker, Fingerprint: res.Fingerprint}}, nil
 }
 
 // shield has the enclave write the shielded model to outputs and completes and seals them.

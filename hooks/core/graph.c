@@ -79,16 +79,33 @@ struct findings {
     bool attention, cache;
 };
 
+/*
+ * The frequency factors of a shielded model are right for the rotary embedding that its file describes. A host may be told
+ * to use another one (--rope-freq-base, --rope-scaling yarn): keys would be rotated wrongly.
+ */
+static void check_rope(const struct kvs_ggml *g, const struct ggml_tensor *node, const struct kvs_opened *info)
+{
+    struct kvs_rope r = kvs_rope_of(g, node);
+    if (r.dims != (int32_t)info->rotary_dim || r.base != info->rotary_base || r.ext_factor != 0.0f)
+        kvs_die("this engine was told to use another rotary embedding than its model's own (base %g over %d rows%s, the model "
+                "has base %g over %u rows); leave out options such as --rope-freq-base and --rope-scaling yarn",
+                (double)r.base, r.dims, r.ext_factor != 0.0f ? ", YaRN" : "", (double)info->rotary_base,
+                info->rotary_dim);
+}
+
 static void look_for_marker(struct sched_state *s, const struct ggml_tensor *node, struct findings *f)
 {
     const struct ggml_tensor *factors = kvs_src(s->g, node, 2);
-    if (!factors || f->model)
-        return;
     const char *name = kvs_name(s->g, factors);
-    if (kvs_model_is_marker(name))
-        f->model = kvs_model_of_marker(s->g, factors);
-    else if (strchr(name, '#'))
+    if (kvs_model_is_marker(name)) {
+        struct kvs_model *m = kvs_model_of_marker(s->g, factors);
+        if (m && strcmp(s->g->op_desc(node), "ROPE") == 0)
+            check_rope(s->g, node, &m->info);
+        if (!f->model)
+            f->model = m;
+    } else if (strchr(name, '#')) {
         f->marker_copied = true;
+    }
 }
 
 /* Whether the node reads or writes a tensor of the KV cache. */

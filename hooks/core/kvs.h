@@ -38,6 +38,7 @@ struct kvs_gguf_init_params {
 /* Where the members that the hook reads lie in this ggml's struct ggml_tensor. */
 struct kvs_layout {
     size_t type, ne, src, view_src, name;
+    size_t rope_base; /* of a ROPE node: the base of its frequencies among its parameters */
 };
 
 /* One ggml library in this process: its functions and its tensor layout. */
@@ -50,6 +51,8 @@ struct kvs_ggml {
     void (*free)(struct ggml_context *);
     struct ggml_tensor *(*new_tensor_2d)(struct ggml_context *, int, int64_t, int64_t);
     struct ggml_tensor *(*mul_mat)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
+    struct ggml_tensor *(*rope_ext)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *,
+                                    struct ggml_tensor *, int, int, int, float, float, float, float, float, float);
     struct ggml_tensor *(*reshape_2d)(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t);
     const char *(*get_name)(const struct ggml_tensor *);
     struct ggml_tensor *(*set_name)(struct ggml_tensor *, const char *);
@@ -68,6 +71,7 @@ struct kvs_ggml {
 };
 
 #define KVS_GGML_TYPE_F32 0
+#define KVS_GGML_TYPE_I32 26
 #define KVS_GGML_STATUS_SUCCESS 0
 
 static inline const char *kvs_name(const struct kvs_ggml *g, const struct ggml_tensor *t)
@@ -91,6 +95,18 @@ static inline int kvs_type(const struct kvs_ggml *g, const struct ggml_tensor *t
     return *(const int *)(const void *)((const char *)t + g->layout.type);
 }
 
+struct kvs_rope {
+    int32_t dims;
+    float base, ext_factor;
+};
+/* The parameters of a ROPE node: dims, mode, two lengths, base, scale, ext_factor, each of 4 bytes. */
+static inline struct kvs_rope kvs_rope_of(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    const char *base = (const char *)t + g->layout.rope_base;
+    return (struct kvs_rope){*(const int32_t *)(const void *)(base - 16), *(const float *)(const void *)base,
+                             *(const float *)(const void *)(base + 8)};
+}
+
 /* layout.c: fills g->layout by building a small graph; false when the layout is not understood. */
 KVS_HIDDEN bool kvs_layout_find(struct kvs_ggml *g);
 
@@ -107,6 +123,8 @@ struct kvs_welcome {
 };
 struct kvs_opened {
     uint32_t action, model, layers, row_floats;
+    uint32_t rotary_dim;
+    float rotary_base;
     char marker[KVS_MARKER_MAX];
     uint8_t fingerprint[KVS_FINGERPRINT_MAX];
     size_t fingerprint_len;

@@ -46,6 +46,27 @@ static bool probe(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_layou
     return l->view_src != NOT_FOUND && kvs_src(g, v, 0) == c;
 }
 
+/* Among the parameters of a rotary embedding, the base is found by a value that no other parameter has. */
+static bool probe_rope(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_layout *l)
+{
+    const float base = 12345.0f, ext_factor = 0.625f;
+    struct ggml_tensor *x = g->new_tensor_2d(ctx, KVS_GGML_TYPE_F32, 16, 3);
+    struct ggml_tensor *positions = g->new_tensor_2d(ctx, KVS_GGML_TYPE_I32, 1, 1);
+    struct ggml_tensor *r = x && positions ? g->rope_ext(ctx, x, positions, NULL, 8, 0, 64, base, 0.5f, ext_factor,
+                                                         1.0f, 32.0f, 1.0f)
+                                           : NULL;
+    if (!r)
+        return false;
+    for (size_t at = 16; at + sizeof base <= l->name; at += sizeof base) {
+        if (memcmp((const char *)r + at, &base, sizeof base) != 0)
+            continue;
+        l->rope_base = at;
+        struct kvs_rope found = kvs_rope_of(g, r);
+        return found.dims == 8 && found.base == base && found.ext_factor == ext_factor;
+    }
+    return false;
+}
+
 /* The offsets found must also hold for tensors they were not found in. */
 static bool check(struct kvs_ggml *g, struct ggml_context *ctx)
 {
@@ -67,7 +88,7 @@ bool kvs_layout_find(struct kvs_ggml *g)
     struct ggml_context *ctx = g->init(params);
     if (!ctx)
         return false;
-    bool ok = probe(g, ctx, &g->layout) && check(g, ctx);
+    bool ok = probe(g, ctx, &g->layout) && probe_rope(g, ctx, &g->layout) && check(g, ctx);
     g->free(ctx);
     return ok;
 }

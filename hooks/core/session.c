@@ -204,11 +204,12 @@ void kvs_session_begin(const char *engine_version)
     pthread_mutex_unlock(&once);
 }
 
-/* OPENED: action, model, layers, floats per row, then marker and fingerprint, each with its length. */
+/* OPENED: action, model, layers, floats per row, rotary dimensions and base, then marker and fingerprint, each with its length. */
 static void decode_opened(const struct message *m, struct kvs_opened *out)
 {
-    size_t at = 6 * sizeof(uint32_t);
-    size_t marker = u32(m, 4), fingerprint = u32(m, 5);
+    size_t at = 8 * sizeof(uint32_t);
+    size_t marker = u32(m, 6), fingerprint = u32(m, 7);
+    uint32_t base = u32(m, 5);
     if (marker >= sizeof out->marker || fingerprint > sizeof out->fingerprint ||
         m->h.length != at + marker + fingerprint)
         kvs_die("the supervisor's answer for a model has impossible lengths");
@@ -216,6 +217,8 @@ static void decode_opened(const struct message *m, struct kvs_opened *out)
     out->model = u32(m, 1);
     out->layers = u32(m, 2);
     out->row_floats = u32(m, 3);
+    out->rotary_dim = u32(m, 4);
+    memcpy(&out->rotary_base, &base, sizeof base);
     memcpy(out->marker, m->body + at, marker);
     memcpy(out->fingerprint, m->body + at + marker, fingerprint);
     out->fingerprint_len = fingerprint;

@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 )
 
 // Version of the session socket's messages.
@@ -69,8 +70,10 @@ type Opened struct {
 	Model       uint32 // enclave.ModelID
 	Layers      uint32
 	RowFloats   uint32
-	Marker      string // name of the tensor that Fingerprint belongs to, at most 63 bytes
-	Fingerprint []byte // at most 256 bytes
+	RotaryDim   uint32  // what the engine's rotary embedding must be called with: rows,
+	RotaryBase  float32 // and base of the frequencies
+	Marker      string  // name of the tensor that Fingerprint belongs to, at most 63 bytes
+	Fingerprint []byte  // at most 256 bytes
 }
 
 const (
@@ -145,7 +148,7 @@ func (o Opened) encode() ([]byte, error) {
 		action = actionShield
 	}
 	var b []byte
-	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, uint32(len(o.Marker)), uint32(len(o.Fingerprint))} {
+	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint))} {
 		b = binary.LittleEndian.AppendUint32(b, v)
 	}
 	b = append(append(b, o.Marker...), o.Fingerprint...)

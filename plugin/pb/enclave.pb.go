@@ -258,6 +258,8 @@ type Model struct {
 	RowFloats     uint32                 `protobuf:"varint,9,opt,name=row_floats,json=rowFloats,proto3" json:"row_floats,omitempty"`
 	Bytes         uint64                 `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	ShieldBytes   uint64                 `protobuf:"varint,11,opt,name=shield_bytes,json=shieldBytes,proto3" json:"shield_bytes,omitempty"`
+	RotaryDim     uint32                 `protobuf:"varint,12,opt,name=rotary_dim,json=rotaryDim,proto3" json:"rotary_dim,omitempty"`
+	RotaryBase    float32                `protobuf:"fixed32,13,opt,name=rotary_base,json=rotaryBase,proto3" json:"rotary_base,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -365,6 +367,20 @@ func (x *Model) GetBytes() uint64 {
 func (x *Model) GetShieldBytes() uint64 {
 	if x != nil {
 		return x.ShieldBytes
+	}
+	return 0
+}
+
+func (x *Model) GetRotaryDim() uint32 {
+	if x != nil {
+		return x.RotaryDim
+	}
+	return 0
+}
+
+func (x *Model) GetRotaryBase() float32 {
+	if x != nil {
+		return x.RotaryBase
 	}
 	return 0
 }
@@ -1066,7 +1082,7 @@ const file_enclave_proto_rawDesc = "" +
 	"\thardening\x18\x05 \x03(\tR\thardening\x12\x18\n" +
 	"\amissing\x18\x06 \x03(\tR\amissing\"*\n" +
 	"\x0eInspectRequest\x12\x18\n" +
-	"\asources\x18\x01 \x03(\tR\asources\"\xf1\x02\n" +
+	"\asources\x18\x01 \x03(\tR\asources\"\xb1\x03\n" +
 	"\x05Model\x121\n" +
 	"\x06action\x18\x01 \x01(\x0e2\x19.kvshield.v1.Model.ActionR\x06action\x12\"\n" +
 	"\farchitecture\x18\x02 \x01(\tR\farchitecture\x12\x12\n" +
@@ -1080,7 +1096,11 @@ const file_enclave_proto_rawDesc = "" +
 	"row_floats\x18\t \x01(\rR\trowFloats\x12\x14\n" +
 	"\x05bytes\x18\n" +
 	" \x01(\x04R\x05bytes\x12!\n" +
-	"\fshield_bytes\x18\v \x01(\x04R\vshieldBytes\"+\n" +
+	"\fshield_bytes\x18\v \x01(\x04R\vshieldBytes\x12\x1d\n" +
+	"\n" +
+	"rotary_dim\x18\f \x01(\rR\trotaryDim\x12\x1f\n" +
+	"\vrotary_base\x18\r \x01(\x02R\n" +
+	"rotaryBase\"+\n" +
 	"\x06Action\x12\v\n" +
 	"\aUNKNOWN\x10\x00\x12\n" +
 	"\n" +

@@ -51,6 +51,7 @@ static void resolve(struct kvs_ggml *g, void *h)
     GET(free, "ggml_free", NULL, true);
     GET(new_tensor_2d, "ggml_new_tensor_2d", NULL, true);
     GET(mul_mat, "ggml_mul_mat", NULL, true);
+    GET(rope_ext, "ggml_rope_ext", NULL, true);
     GET(reshape_2d, "ggml_reshape_2d", NULL, true);
     GET(get_name, "ggml_get_name", NULL, true);
     GET(set_name, "ggml_set_name", NULL, true);

@@ -95,6 +95,7 @@ func (p *Plan) describe() {
 	p.Model.Action = enclave.Shield
 	p.Model.Layers, p.Model.Heads, p.Model.HeadsKV = p.Shape.Layers, p.Shape.Heads, p.Shape.HeadsKV
 	p.Model.HeadDim, p.Model.RowFloats = p.Shape.ValueDim, p.Shape.RowFloats()
+	p.Model.RotaryDim, p.Model.RotaryBase = p.Shape.RotDim, p.Shape.Base
 	p.Model.ShieldBytes = int64(p.Shape.RotDim/2) * 4
 	for _, t := range p.Targets {
 		p.Model.ShieldBytes += t.Tensor.Size
