@@ -24,7 +24,7 @@ func BenchmarkIdle(b *testing.B) {
 	ended := make(chan struct{})
 	go func() { defer close(ended); w.Run(ctx) }()
 	defer func() { stop(); <-ended }()
-	time.Sleep(2 * alert)
+	time.Sleep(drowsy + alert)
 	before := used(b)
 	b.ResetTimer()
 	for range b.N {

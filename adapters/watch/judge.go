@@ -24,12 +24,16 @@ type reading struct {
 	closed bool
 }
 
-// bytes is the best estimate of what was read of the file. The position alone would also move by
+// least is what was surely read while the file was open. The position alone would also move by
 // seeking (engines seek to the end for the size), the counter alone misses what was read before
 // the first look: a position counts as far as the process read that much in the meantime.
-func (r *reading) bytes() int64 {
-	return max(r.now-r.from, min(r.pos, r.now-r.before))
+func (r *reading) least() int64 {
+	return max(r.now-r.from, min(r.pos, r.most()))
 }
+
+// most includes what was read in the few milliseconds before the first sight, of whatever file. A
+// program that reads without moving its position is known by nothing else.
+func (r *reading) most() int64 { return r.now - r.before }
 
 // follow brings the readings up to date with the models now open, each with its position. A model
 // that was closed stays until it was judged, as what was read until then counts.
@@ -77,8 +81,7 @@ func (p *process) judge(files *catalogue) *finding {
 		if !known || data == 0 {
 			continue
 		}
-		read := r.bytes() - header
-		if read > loading(data) && read > p.allowance(files, header, data) {
+		if read, bulk := p.inBulk(files, r, header, data); bulk {
 			return &finding{m, "has read " + bytesText(read) + " of it"}
 		}
 	}
@@ -90,14 +93,14 @@ func loading(data int64) int64 {
 	return min(max(leastLoaded, data/10), data/2)
 }
 
-// allowance is what the process may read beyond the header. It is asked about ggml only when the
-// answer matters, because searching a program for it takes a while.
-func (p *process) allowance(files *catalogue, header, data int64) int64 {
-	lenient := int64(metadataSlack + metadataHeaders*header)
-	if p.hasUnhookedGGML(files) {
-		return min(loading(data), lenient)
+// inBulk says how much was read beyond the header and whether that is more than metadata. It asks
+// for ggml only when the answer matters, because searching a program for it takes a while.
+func (p *process) inBulk(files *catalogue, r *reading, header, data int64) (int64, bool) {
+	if read := min(r.most()-header, data); read > metadataSlack+metadataHeaders*header {
+		return read, true
 	}
-	return lenient
+	read := min(r.least()-header, data)
+	return read, read > loading(data) && p.hasUnhookedGGML(files)
 }
 
 // hasUnhookedGGML says whether the process carries ggml where the hook is not or cannot be.

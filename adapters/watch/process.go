@@ -18,9 +18,9 @@ type process struct {
 	ended       bool
 	kin         uint64 // where the stack lay when it was found to be a copy of a greeted process
 
-	statm, io, fds int // kept open: cheap to read, and bound to the process, not to its number
-	print          print
-	program        mapID // the first file mapped: what is executed
+	statm, io int // kept open: cheap to read, and bound to the process, not to its number
+	print     print
+	program   mapID // the first file mapped: what is executed
 
 	seen, changed, scanned, due time.Time
 	cost                        time.Duration
@@ -38,10 +38,9 @@ type process struct {
 // object is code in a process: its program or a library.
 type object struct{ link, path string }
 
-// print is what changes when a process opens, reads or maps anything.
+// print is what changes when a process reads or maps anything. To open a file alone does no harm.
 type print struct {
 	read int64 // bytes read since its start
-	open int64 // descriptors (zero before Linux 6.2)
 	size string
 }
 
@@ -53,20 +52,19 @@ func newProcess(pid, parent int, now time.Time) *process {
 	}
 	p := &process{pid: pid, parent: parent, start: s.start, seen: now, changed: now, due: now,
 		reading: map[*model]*reading{}}
-	open := func(name string, flags int) int {
-		fd, err := unix.Open(p.path(name), flags|unix.O_CLOEXEC, 0)
+	open := func(name string) int {
+		fd, err := unix.Open(p.path(name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return -1
 		}
 		return fd
 	}
-	p.statm = open("statm", unix.O_RDONLY)
-	p.io = open("io", unix.O_RDONLY)
-	p.fds = open("fd", unix.O_PATH)
+	p.statm = open("statm")
+	p.io = open("io")
 	return p
 }
 
-func (p *process) release() { closeAll(&p.statm, &p.io, &p.fds) }
+func (p *process) release() { closeAll(&p.statm, &p.io) }
 
 func (p *process) path(name string) string {
 	return "/proc/" + strconv.Itoa(p.pid) + "/" + name
@@ -93,10 +91,6 @@ func (p *process) fingerprint() (print, bool) {
 	if n, err = unix.Pread(p.io, buf[:], 0); err == nil {
 		now.read = number(buf[:n], "rchar")
 	}
-	var st unix.Stat_t
-	if unix.Fstat(p.fds, &st) == nil {
-		now.open = st.Size
-	}
 	return now, true
 }
 
@@ -107,7 +101,22 @@ func (p *process) pause(now time.Time) time.Duration {
 	if young || engaged || p.undecided {
 		return max(engagedPoll, share*p.cost)
 	}
+	if p.asleep(now) {
+		return asleepPoll
+	}
 	return max(basePoll, share*p.cost)
+}
+
+// asleep says whether nothing has moved in the process for a while.
+func (p *process) asleep(now time.Time) bool { return now.Sub(p.changed) > drowsy }
+
+// stale says whether a look is due although nothing moved: a file can be mapped over memory that
+// was set aside before.
+func (p *process) stale(now time.Time) bool {
+	if p.asleep(now) {
+		return now.Sub(p.scanned) >= asleepScan
+	}
+	return now.Sub(p.scanned) >= fullScan
 }
 
 // scan finds out which models the process has open and mapped.

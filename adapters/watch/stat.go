@@ -74,15 +74,13 @@ func parseMapping(line []byte) (mapping, bool) {
 		}
 		field[i], line = line[:end], line[end:]
 	}
-	if len(field[4]) == 0 || string(field[4]) == "0" {
-		return m, false
-	}
 	from, to, ok := bytes.Cut(field[0], []byte("-"))
 	start, err1 := strconv.ParseUint(string(from), 16, 63)
 	stop, err2 := strconv.ParseUint(string(to), 16, 63)
 	offset, err3 := strconv.ParseInt(string(field[2]), 16, 64)
+	// Anonymous memory has no inode.
 	inode, err4 := strconv.ParseUint(string(field[4]), 10, 64)
-	if !ok || stop < start || errors.Join(err1, err2, err3, err4) != nil {
+	if !ok || inode == 0 || stop < start || offset < 0 || errors.Join(err1, err2, err3, err4) != nil {
 		return m, false
 	}
 	return mapping{

@@ -9,12 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// manyBorn is how many new numbers are looked up singly; for more the tree is walked.
+const manyBorn = 64
+
 // tree finds the descendants of a process.
 type tree struct {
 	root     int
 	children bool // the kernel lists children (CONFIG_PROC_CHILDREN)
 	load     int  // /proc/loadavg, kept open
-	last     string
+	// The newest process number handed out, as of the last look and of the one before.
+	last, before int
 }
 
 func newTree(root int) tree {
@@ -28,20 +32,34 @@ func newTree(root int) tree {
 
 func (t *tree) release() { closeAll(&t.load) }
 
-// grown says whether any process or thread was made since the last call. The last field of
-// loadavg is the newest process number handed out, which spares walking an idle tree.
-func (t *tree) grown() bool {
+// born returns the range of numbers, from excluded, that were handed out since the look before
+// the last one, which spares walking the tree; false when it must be walked. Every number is
+// returned twice because one is handed out a little before its process can be seen.
+func (t *tree) born() (from, to int, ok bool) {
+	from, to = t.before, t.newest()
+	t.before, t.last = t.last, to
+	return from, to, from > 0 && from <= to && to-from <= manyBorn
+}
+
+// newest reads the last field of loadavg; zero when it cannot be read.
+func (t *tree) newest() int {
 	var buf [128]byte
 	n, err := unix.Pread(t.load, buf[:], 0)
 	if err != nil {
-		return true
+		return 0
 	}
-	last := buf[bytes.LastIndexByte(buf[:n], ' ')+1 : n]
-	if string(last) == t.last {
-		return false
+	text := bytes.TrimSpace(buf[:n])
+	number, _ := strconv.Atoi(string(text[bytes.LastIndexByte(text, ' ')+1:]))
+	return number
+}
+
+// parentOf returns a process's parent; zero for a thread and for what is gone.
+func parentOf(pid int) int {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil || number(text, "Tgid") != int64(pid) {
+		return 0
 	}
-	t.last = string(last)
-	return true
+	return int(number(text, "PPid"))
 }
 
 // walk returns all descendants, each with its parent.

@@ -44,6 +44,7 @@ func TestParseMapping(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add([]byte("7f00-8f00 r-xp 00002000 fe:01 42 /model"))
 	f.Add([]byte("77 (sh) S 12 1 1 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 998877 1000 200 1 1 2 140700000 0 0\n"))
+	f.Add([]byte("0-0 0 0 0 00"))
 	f.Add([]byte("rchar: 12\nwchar: 1\n"))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		if m, ok := parseMapping(text); ok && (m.length < 0 || m.offset < 0 || m.file.inode == 0) {
@@ -54,7 +55,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-func TestReadingBytes(t *testing.T) {
+func TestReadingLeast(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		r    reading
@@ -66,7 +67,7 @@ func TestReadingBytes(t *testing.T) {
 		{"only sought to the end", reading{from: 100, before: 95, now: 100, pos: 1 << 30}, 5},
 		{"other files before the first sight", reading{from: 100, before: 10, now: 100, pos: 3}, 3},
 	} {
-		if got := c.r.bytes(); got != c.want {
+		if got := c.r.least(); got != c.want {
 			t.Errorf("%s: %d, want %d", c.name, got, c.want)
 		}
 	}
@@ -94,7 +95,7 @@ func TestFollowKeepsAClosedModelUntilItWasJudged(t *testing.T) {
 		{500, false, false, 80}, // not what was read after
 		{600, true, true, 0},    // opened anew: a reading of its own
 	} {
-		if r := look(step.read, step.open, step.judged); r == nil || r.bytes() != step.want {
+		if r := look(step.read, step.open, step.judged); r == nil || r.least() != step.want {
 			t.Fatalf("after %d bytes: %+v, want %d", step.read, r, step.want)
 		}
 	}

@@ -11,22 +11,24 @@
 //
 //   - Mapped: its mappings of the file cover more than a tenth of the tensor data (at least 64 KiB,
 //     at most half of the data).
-//   - Read: while it had the file open it read more than 32 MiB and four headers beyond the header.
-//     Readers of metadata stay far below: node-llama-cpp, measured, takes the header in chunks of
-//     4 MiB, each with an open of its own, and so takes a small model whole. A program that carries
-//     ggml out of the hook's reach gets the allowance of the first case instead: with it, a small
-//     model taken whole is taken to be loaded.
+//   - Read: while it had the file open, or in the milliseconds before that was seen, it read more
+//     than 32 MiB and four headers beyond the header. Readers of metadata stay far below:
+//     node-llama-cpp, measured, takes the header in chunks of 4 MiB, each with an open of its own,
+//     and so takes a small model whole. A program that carries ggml out of the hook's reach gets
+//     the allowance of the first case instead: with it, a small model taken whole is taken to be
+//     loaded.
 //
-// Limits. The watch polls: 1 ms while a process is new or has a model open, 10 ms otherwise, so a
-// process may run for that long before it is ended, and one that opened, read and closed a small
-// file between two looks is not seen. Reads are counted per process, not per file: whatever else a
-// process reads while it has a model open counts too. Copying or hashing a model is reading in
-// bulk: do it outside the watched tree. Mapping a whole file to look at its header counts as
-// mapped. A model below 32 MiB, read and not mapped by a program without ggml, is not told from
-// its metadata. A model that comes through a pipe or in a format other than GGUF is not seen. A
-// process that was forked from a greeted one and has not executed anything else counts as greeted:
-// the hook is in it, in the same state. Without the rights to inspect a process (a setuid program,
-// watched by an ordinary user) only its command line is left: it is ended when that names a model.
+// Limits. The watch polls: 1 ms while a process is new or has a model open, 10 ms otherwise and
+// 20 ms while it sleeps, so a process may run for that long before it is ended, and one that opened,
+// read and closed a small file between two looks is not seen. Reads are counted per process, not
+// per file: whatever else a process reads while it has a model open counts too. Copying or hashing
+// a model is reading in bulk: do it outside the watched tree. Mapping a whole file to look at its
+// header counts as mapped. A model below 32 MiB and four headers, read and not mapped by a program
+// without ggml, is not told from its metadata. A model that comes through a pipe or in a format
+// other than GGUF is not seen. A process that was forked from a greeted one and has not executed
+// anything else counts as greeted: the hook is in it, in the same state. Without the rights to
+// inspect a process (a setuid program, watched by an ordinary user) only its command line is left:
+// it is ended when that names a model.
 //
 // Promises: a process is signalled through a pidfd after its start time was checked, so never
 // another one that got its number. Processes that vanish or cannot be read never stop the watch.
@@ -43,9 +45,14 @@ const (
 	basePoll    = 10 * time.Millisecond
 	engagedPoll = time.Millisecond
 	greetedPoll = 50 * time.Millisecond
-	// fullScan is how often a process is looked at although none of its counters moved, and how
-	// often the tree is walked although no process was made.
+	// fullScan is how often a process is looked at although none of its counters moved, fullWalk
+	// how often the tree is walked although every number handed out was looked up.
 	fullScan = 250 * time.Millisecond
+	fullWalk = time.Second
+	// A process in which nothing moved for as long as drowsy is polled less.
+	drowsy     = 2 * time.Second
+	asleepPoll = 20 * time.Millisecond
+	asleepScan = time.Second
 	// alert is how long after a start, or after the last sign of life, a process is polled closely.
 	alert = 500 * time.Millisecond
 	// share bounds what one closely polled process costs: a look that took t is not repeated
@@ -76,6 +83,7 @@ type Watcher struct {
 	files   *catalogue
 	procs   map[int]*process
 	walked  time.Time
+	began   bool
 	reports sync.WaitGroup
 	report  sync.Mutex
 }
@@ -114,10 +122,8 @@ func (w *Watcher) close() {
 
 // tick looks at every process that is due and returns how long to sleep.
 func (w *Watcher) tick(now time.Time) time.Duration {
-	if w.tree.grown() || now.Sub(w.walked) >= fullScan {
-		w.walk(now)
-	}
-	next := now.Add(basePoll)
+	w.discover(now)
+	wake := next(now, asleepPoll)
 	for pid, p := range w.procs {
 		if !p.due.After(now) && !w.look(p, now) {
 			p.release()
@@ -126,30 +132,57 @@ func (w *Watcher) tick(now time.Time) time.Duration {
 			w.walked = time.Time{}
 			continue
 		}
-		if p.due.Before(next) {
-			next = p.due
+		if p.due.Before(wake) {
+			wake = p.due
 		}
 	}
-	return max(time.Until(next), engagedPoll/4)
+	return max(time.Until(wake), engagedPoll/4)
 }
 
-func (w *Watcher) walk(now time.Time) {
-	w.walked = now
-	for pid, parent := range w.tree.walk() {
-		if w.procs[pid] != nil {
-			continue
+// discover finds new processes.
+func (w *Watcher) discover(now time.Time) {
+	from, to, ok := w.tree.born()
+	if !ok || now.Sub(w.walked) >= fullWalk {
+		w.walked = now
+		for pid, parent := range w.tree.walk() {
+			w.add(pid, parent, now)
 		}
-		if p := newProcess(pid, parent, now); p != nil {
-			p.exempt = w.cfg.Exempt(pid)
-			w.procs[pid] = p
+		if !w.began {
+			w.forgive()
 		}
+		w.began = true
+		return
+	}
+	for pid := from + 1; pid <= to; pid++ {
+		parent := parentOf(pid)
+		if parent == w.cfg.Root || w.procs[parent] != nil {
+			w.add(pid, parent, now)
+		}
+	}
+}
+
+// forgive leaves out of account what was read before the watch began.
+func (w *Watcher) forgive() {
+	for _, p := range w.procs {
+		print, _ := p.fingerprint()
+		p.readBefore = print.read
+	}
+}
+
+func (w *Watcher) add(pid, parent int, now time.Time) {
+	if w.procs[pid] != nil || pid == w.cfg.Root {
+		return
+	}
+	if p := newProcess(pid, parent, now); p != nil {
+		p.exempt = w.cfg.Exempt(pid)
+		w.procs[pid] = p
 	}
 }
 
 // look examines one process and sets when to look again; false when the process is gone.
 func (w *Watcher) look(p *process, now time.Time) bool {
 	if p.exempt || p.ended || w.cfg.Greeted(p.pid) {
-		p.due = now.Add(greetedPoll)
+		p.due = next(now, greetedPoll)
 		return p.alive()
 	}
 	print, ok := p.fingerprint()
@@ -158,13 +191,18 @@ func (w *Watcher) look(p *process, now time.Time) bool {
 	}
 	if print != p.print {
 		p.print, p.changed = print, now
-	} else if now.Sub(p.scanned) < fullScan && !p.undecided {
-		p.due = now.Add(p.pause(now))
+	} else if !p.stale(now) && !p.undecided {
+		p.due = next(now, p.pause(now))
 		return true
 	}
 	w.inspect(p, now)
-	p.due = now.Add(p.pause(now))
+	p.due = next(now, p.pause(now))
 	return true
+}
+
+// next puts the looks at all processes on the same beat, so that one wake-up serves many.
+func next(now time.Time, pause time.Duration) time.Time {
+	return now.Add(pause - time.Duration(now.UnixNano())%pause)
 }
 
 func (w *Watcher) inspect(p *process, now time.Time) {
