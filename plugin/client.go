@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ import (
 
 const (
 	startWithin = 20 * time.Second
+	closeWithin = 3 * time.Second
 	pingEvery   = 2 * time.Second
 	pingWithin  = 10 * time.Second
 )
@@ -35,6 +37,10 @@ type Options struct {
 	Args      []string  // its arguments
 	SocketDir string    // directory for its sockets, closed to other users
 	Stderr    io.Writer // receives what the enclave prints; nil discards it
+
+	// PingEvery is how often the enclave is asked whether it lives, zero: 2 s; PingWithin how soon it must answer,
+	// zero: 10 s.
+	PingEvery, PingWithin time.Duration
 }
 
 // Client is the host's end of a running enclave process.
@@ -43,6 +49,8 @@ type Client struct {
 	process *goplugin.Client
 	rpc     pb.EnclaveClient
 	done    chan struct{}
+
+	pingEvery, pingWithin time.Duration
 }
 
 // Start starts an enclave process and waits until it answers.
@@ -64,7 +72,7 @@ func Start(o Options) (*Client, error) {
 		Stderr:           last,
 		Logger:           hclog.NewNullLogger(),
 	})
-	c, err := connect(process)
+	c, err := connect(process, o)
 	if err != nil {
 		process.Kill()
 		return nil, startError(o.Program, last.text(), err)
@@ -118,7 +126,7 @@ func (l *lastLine) text() string {
 	return l.line
 }
 
-func connect(process *goplugin.Client) (*Client, error) {
+func connect(process *goplugin.Client, o Options) (*Client, error) {
 	var protocol goplugin.ClientProtocol
 	var err error
 	forker.Do(func() { protocol, err = process.Client() })
@@ -133,7 +141,8 @@ func connect(process *goplugin.Client) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("its process number %q is no number", process.ID())
 	}
-	c := &Client{pid: pid, process: process, rpc: rpc.(pb.EnclaveClient), done: make(chan struct{})}
+	c := &Client{pid: pid, process: process, rpc: rpc.(pb.EnclaveClient), done: make(chan struct{}),
+		pingEvery: cmp.Or(o.PingEvery, pingEvery), pingWithin: cmp.Or(o.PingWithin, pingWithin)}
 	go c.watch(protocol)
 	return c, nil
 }
@@ -165,7 +174,7 @@ func (c *Client) watch(protocol goplugin.ClientProtocol) {
 	defer close(c.done)
 	exited := make(chan struct{})
 	go func() { waitPID(c.pid); close(exited) }()
-	tick := time.NewTicker(pingEvery)
+	tick := time.NewTicker(c.pingEvery)
 	defer tick.Stop()
 	for {
 		select {
@@ -191,7 +200,7 @@ func (c *Client) ping(protocol goplugin.ClientProtocol, exited <-chan struct{}) 
 		return err == nil
 	case <-exited:
 		return true // the caller sees the exit
-	case <-time.After(pingWithin):
+	case <-time.After(c.pingWithin):
 		return false
 	}
 }
@@ -219,7 +228,10 @@ func (c *Client) Done() <-chan struct{} { return c.done }
 
 // Close ends the enclave process and waits for it. Its keys go with it.
 func (c *Client) Close() {
+	// go-plugin asks politely, without end: a frozen enclave is not going to hear it.
+	impatient := time.AfterFunc(closeWithin, func() { _ = unix.Kill(c.pid, unix.SIGKILL) })
 	c.process.Kill()
+	impatient.Stop()
 	<-c.done
 }
 

@@ -107,28 +107,49 @@ func (s *planes) attachSocket(capacity uint32) (*pb.AttachReply, error) {
 		return nil, fmt.Errorf("the enclave cannot make a data-plane socket: %w", err)
 	}
 	p := s.newPlane()
-	var conn atomic.Pointer[net.UnixConn]
-	id := s.add(func() {
-		l.Close()
-		if c := conn.Load(); c != nil {
-			c.Close()
-		}
-	}, p)
+	w := &way{closers: []io.Closer{l}}
+	id := s.add(w.close, p)
 	go func() {
-		defer l.Close() // removes the socket's file
+		defer w.close() // removes the socket's file
 		_ = l.SetDeadline(time.Now().Add(connectWithin))
 		c, err := l.AcceptUnix()
-		if err != nil {
+		if err != nil || !w.add(c) {
 			return
 		}
-		defer c.Close()
-		conn.Store(c)
 		l.Close()
 		if sentToken(c, token) {
 			_ = dataplane.ServeSocket(c, p, capacity) // the engine's end reports a broken stream
 		}
 	}()
 	return &pb.AttachReply{Plane: id, Address: path, Token: token}, nil
+}
+
+// way is what has to be closed to end a plane on a socket.
+type way struct {
+	mu      sync.Mutex
+	closed  bool
+	closers []io.Closer
+}
+
+// add is false, and c closed, when the plane has ended meanwhile.
+func (w *way) add(c io.Closer) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		c.Close()
+		return false
+	}
+	w.closers = append(w.closers, c)
+	return true
+}
+
+func (w *way) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closed = true
+	for _, c := range w.closers {
+		c.Close()
+	}
 }
 
 func sentToken(c *net.UnixConn, token []byte) bool {
