@@ -98,7 +98,7 @@ func measureCost(ctx context.Context, f *benchFlags, args []string) (*bench.Repo
 	}
 	report, err := bench.Run(ctx, c)
 	if err != nil && ctx.Err() != nil {
-		return nil, errors.New("the benchmark was interrupted and measured nothing; everything it started has ended")
+		return nil, errors.New("the benchmark was interrupted before its end; nothing of it is left running, run it again for figures")
 	}
 	return report, err
 }

@@ -96,7 +96,7 @@ func TestMeasurePrefillAsksForOneTest(t *testing.T) {
 }
 
 func TestAnInterruptEndsTheEngine(t *testing.T) {
-	c := fakeBench(t, "echo > "+t.TempDir()+"/started; exec sleep 1000")
+	c := fakeBench(t, "exec sleep 1000")
 	ctx, cancel := context.WithCancel(t.Context())
 	observe := func(pid int, done <-chan struct{}) { cancel(); <-done }
 	if _, err := c.runBench(ctx, nil, observe); !errors.Is(err, context.Canceled) {
