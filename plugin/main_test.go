@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 }
 
 var someModel = enclave.Model{Action: enclave.Shield, Architecture: "llama", Name: "small", Files: 2, Layers: 3, Heads: 4,
-	HeadsKV: 2, HeadDim: 8, RowFloats: 32, Bytes: 5 << 30, ShieldBytes: 1 << 30}
+	HeadsKV: 2, HeadDim: 8, RowFloats: 32, RotaryDim: 8, RotaryBase: 10000, Bytes: 5 << 30, ShieldBytes: 1 << 30}
 
 var someLoad = enclave.LoadResult{ID: 7, Model: someModel, Fingerprint: []byte{1, 2, 3}, Marker: "rope_freqs.weight",
 	Copies: []enclave.Copy{{File: 1, From: 1 << 33, To: 2, Length: 3}}, OutputSizes: []int64{1, 1 << 34}}

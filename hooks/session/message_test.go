@@ -68,7 +68,7 @@ func TestDecodeOpenBounds(t *testing.T) {
 
 // The bytes are what hooks/core/session.c reads: they may not change without the version.
 func TestAnswersByteForByte(t *testing.T) {
-	opened, err := Opened{Shield: true, Model: 7, Layers: 2, RowFloats: 64, Marker: "m", Fingerprint: []byte{9, 8}}.encode()
+	opened, err := Opened{Shield: true, Model: 7, Layers: 2, RowFloats: 64, RotaryDim: 16, RotaryBase: 10000, Marker: "m", Fingerprint: []byte{9, 8}}.encode()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,8 +82,8 @@ func TestAnswersByteForByte(t *testing.T) {
 	}{
 		"welcome": {Welcome{SharedMemory, 4096, 50, 10_000}.encode(),
 			"KVSS\x01\x00\x02\x00\x10\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x00\x10\x00\x00\x32\x00\x00\x00\x10\x27\x00\x00"},
-		"opened": {opened, "KVSS\x01\x00\x04\x00\x1b\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x07\x00\x00\x00\x02\x00\x00\x00\x40\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00" + "m\x09\x08"},
-		"passed": {passed, "KVSS\x01\x00\x04\x00\x18\x00\x00\x00\x00\x00\x00\x00" + "\x02\x00\x00\x00" + strings.Repeat("\x00", 20)},
+		"opened": {opened, "KVSS\x01\x00\x04\x00\x23\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x07\x00\x00\x00\x02\x00\x00\x00\x40\x00\x00\x00" + "\x10\x00\x00\x00\x00\x40\x1c\x46\x01\x00\x00\x00\x02\x00\x00\x00" + "m\x09\x08"},
+		"passed": {passed, "KVSS\x01\x00\x04\x00\x20\x00\x00\x00\x00\x00\x00\x00" + "\x02\x00\x00\x00" + strings.Repeat("\x00", 28)},
 		"stop":   {text(typeStop, "go"), "KVSS\x01\x00\x07\x00\x02\x00\x00\x00\x00\x00\x00\x00go"},
 	} {
 		if got := string(test.got); got != test.want {
