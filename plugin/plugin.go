@@ -25,7 +25,7 @@ import (
 // and not security: that is mutual TLS and the runtime directory's mode.
 var handshake = goplugin.HandshakeConfig{
 	ProtocolVersion:  1,
-	MagicCookieKey:   "KVSHIELD_ENCLAVE",
+	MagicCookieKey:   "KVSHIELD_PLUGIN_COOKIE",
 	MagicCookieValue: "5f0c6a52-kv-cache-shield",
 }
 

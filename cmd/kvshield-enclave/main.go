@@ -32,7 +32,7 @@ func main() {
 }
 
 func run(backend, dir string) error {
-	if os.Getenv("KVSHIELD_ENCLAVE") == "" {
+	if os.Getenv("KVSHIELD_PLUGIN_COOKIE") == "" {
 		return fmt.Errorf("this program is started by kvshield; run `kvshield --help`")
 	}
 	if dir == "" {
