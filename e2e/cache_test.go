@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -129,5 +130,33 @@ func TestCacheIsPermuted(t *testing.T) {
 	for l := range stock {
 		checkPermuted(t, "value", l, stock[l].values, shielded[l].values)
 		checkPermuted(t, "key", l, stock[l].keys, shielded[l].keys)
+	}
+}
+
+// A slot file is worth something only to the process that saved it: under another key it would be read wrongly.
+func TestSlotFileOfAnotherLoadIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	o := serveOptions{model: demoModel, args: []string{"-np", "1", "--slot-save-path", dir + "/"}}
+	restore := map[string]any{"filename": "slot.bin"}
+	first := startShielded(t, o)
+	want := first.complete(t, prompts[0], 40, map[string]any{"cache_prompt": true, "id_slot": 0})
+	if _, err := first.post("/slots/0?action=save", restore); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.post("/slots/0?action=restore", restore); err != nil {
+		t.Errorf("its own slot file: %v", err)
+	}
+	if got := first.complete(t, prompts[0], 40, map[string]any{"cache_prompt": true, "id_slot": 0}); got.Content != want.Content {
+		t.Errorf("after restoring: %q, want %q", got.Content, want.Content)
+	}
+	second := startShielded(t, serveOptions{model: demoModel, args: o.args, flags: []string{"-v"}})
+	if answer, err := second.post("/slots/0?action=restore", restore); err == nil {
+		t.Errorf("another load restored the file: %s", answer)
+	}
+	if want := "a shielded cache can be restored only by the process that saved it"; !strings.Contains(second.log.String(), want) {
+		t.Errorf("nobody says %q", want)
+	}
+	if got := second.complete(t, prompts[0], 40, map[string]any{"cache_prompt": true, "id_slot": 0}); got.Content != want.Content {
+		t.Errorf("after the refusal: %q, want %q", got.Content, want.Content)
 	}
 }

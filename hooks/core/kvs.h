@@ -166,6 +166,10 @@ KVS_HIDDEN struct kvs_model *kvs_model_of_marker(const struct kvs_ggml *g, const
 KVS_HIDDEN bool kvs_model_is_marker(const char *name);
 KVS_HIDDEN void kvs_model_used(struct kvs_model *m);
 
+/* state.c: files that hold a saved cache. */
+KVS_HIDDEN void kvs_state_saved(const char *path);
+KVS_HIDDEN bool kvs_state_may_load(const char *path);
+
 /* graph.c: entry points for the interposer. */
 KVS_HIDDEN int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
 KVS_HIDDEN void kvs_host_callback(struct kvs_ggml *g, void *sched, kvs_eval_callback cb, void *user);

@@ -220,3 +220,39 @@ uint32_t llama_model_quantize(const char *in, const char *out, const void *param
             in ? in : "model");
     return 1;
 }
+
+/*
+ * The functions that write and read a saved cache take and return integers and pointers only, in registers; six are passed on
+ * whatever a version uses.
+ */
+typedef uintptr_t (*state_file)(uintptr_t, const char *, uintptr_t, uintptr_t, uintptr_t, uintptr_t);
+
+static state_file real_state(const char *name, const void *own, const void *caller)
+{
+    Dl_info at;
+    void *handle = dladdr(caller, &at) ? dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    state_file real;
+    *(void **)(void *)&real = look_up(handle, name, own, true);
+    return real;
+}
+
+#define DEFINE_SAVE(name)                                                                          \
+    EXPORT uintptr_t name(uintptr_t, const char *, uintptr_t, uintptr_t, uintptr_t, uintptr_t);    \
+    uintptr_t name(uintptr_t a, const char *path, uintptr_t c, uintptr_t d, uintptr_t e, uintptr_t f) \
+    {                                                                                              \
+        state_file real = real_state(#name, (const void *)(uintptr_t)name, __builtin_return_address(0)); \
+        uintptr_t result = real(a, path, c, d, e, f);                                              \
+        kvs_state_saved(path);                                                                     \
+        return result;                                                                             \
+    }
+#define DEFINE_LOAD(name)                                                                          \
+    EXPORT uintptr_t name(uintptr_t, const char *, uintptr_t, uintptr_t, uintptr_t, uintptr_t);    \
+    uintptr_t name(uintptr_t a, const char *path, uintptr_t c, uintptr_t d, uintptr_t e, uintptr_t f) \
+    {                                                                                              \
+        state_file real = real_state(#name, (const void *)(uintptr_t)name, __builtin_return_address(0)); \
+        return kvs_state_may_load(path) ? real(a, path, c, d, e, f) : 0;                           \
+    }
+DEFINE_SAVE(llama_state_save_file)
+DEFINE_SAVE(llama_state_seq_save_file)
+DEFINE_LOAD(llama_state_load_file)
+DEFINE_LOAD(llama_state_seq_load_file)
