@@ -20,7 +20,8 @@ const detachWithin = 5 * time.Second
 // engine is one process that said hello.
 type engine struct {
 	enclave *plugin.Client
-	plane   uint32
+	pid     int
+	plane   uint32            // 0 while there is none
 	region  *dataplane.Region // nil with the socket transport
 	sets    []*modelSet
 }
@@ -38,22 +39,37 @@ func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello
 	if err != nil {
 		return session.Welcome{}, nil, err
 	}
-	e := &engine{enclave: c}
-	var file *os.File
-	if s.cfg.Transport == session.Socket {
-		file, err = s.attachSocket(ctx, e)
-	} else {
-		file, err = s.attachShared(ctx, e)
+	e := &engine{enclave: c, pid: p.PID}
+	file, err := s.attach(ctx, e)
+	if err == nil && !s.adopt(p, e) {
+		file.Close()
+		err = errNoEnclave
 	}
 	if err != nil {
+		e.release(s.cfg.Log.Debug)
 		return session.Welcome{}, nil, err
 	}
-	s.mu.Lock()
-	s.engines[p] = e
-	s.mu.Unlock()
 	s.cfg.Log.Debug("an engine said hello", "pid", p.PID, "ggml", h.Version)
 	return session.Welcome{Transport: s.cfg.Transport, Capacity: s.cfg.Capacity,
 		SpinMicro: uint32(s.cfg.Spin.Microseconds()), TimeoutMS: uint32(s.cfg.Timeout.Milliseconds())}, file, nil
+}
+
+// adopt is false when the enclave died meanwhile: the engines that it had were already told to end.
+func (s *Supervisor) adopt(p *session.Peer, e *engine) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.enclave != e.enclave {
+		return false
+	}
+	s.engines[p] = e
+	return true
+}
+
+func (s *Supervisor) attach(ctx context.Context, e *engine) (*os.File, error) {
+	if s.cfg.Transport == session.Socket {
+		return s.attachSocket(ctx, e)
+	}
+	return s.attachShared(ctx, e)
 }
 
 func (s *Supervisor) attachShared(ctx context.Context, e *engine) (*os.File, error) {
@@ -112,7 +128,7 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 	s.mu.Lock()
 	switch {
 	case err != nil:
-		s.events.Refusals = append(s.events.Refusals, fmt.Sprintf("%s: %v", path, err))
+		s.events.Refusals = note(s.events.Refusals, fmt.Sprintf("%s: %v", path, err))
 	case opened.Shield:
 		s.events.Shielded++
 	default:
@@ -127,7 +143,7 @@ func (e *engine) open(ctx context.Context, path string, model *os.File) (session
 	if f, set := e.laterSplit(path); f != nil {
 		return set.opened, f, nil
 	}
-	set, err := loadSet(ctx, e.enclave, path, model)
+	set, err := loadSet(ctx, e.enclave, modelPath{path, e.directory()}, model)
 	if err != nil || set == nil {
 		return session.Opened{}, nil, err
 	}
@@ -139,6 +155,9 @@ func (e *engine) open(ctx context.Context, path string, model *os.File) (session
 	f, err := set.take(path)
 	return set.opened, f, err
 }
+
+// directory is what relative paths of the process start from.
+func (e *engine) directory() string { return fmt.Sprintf("/proc/%d/cwd", e.pid) }
 
 // laterSplit returns the shielded file of a split whose set was loaded with an earlier one.
 func (e *engine) laterSplit(path string) (*os.File, *modelSet) {
@@ -153,7 +172,7 @@ func (e *engine) laterSplit(path string) (*os.File, *modelSet) {
 // Fatal implements session.Handler.
 func (s *Supervisor) Fatal(p *session.Peer, message string) {
 	s.mu.Lock()
-	s.events.Fatal = append(s.events.Fatal, message)
+	s.events.Fatal = note(s.events.Fatal, message)
 	s.mu.Unlock()
 	s.cfg.Log.Error("a hook ended its engine", "pid", p.PID, "reason", message)
 }
@@ -182,7 +201,9 @@ func (e *engine) release(log func(string, ...any)) {
 			log("an engine's rest could not be released", "what", what, "error", err)
 		}
 	}
-	report("data plane", e.enclave.Detach(ctx, e.plane))
+	if e.plane != 0 {
+		report("data plane", e.enclave.Detach(ctx, e.plane))
+	}
 	for _, set := range e.sets {
 		set.discard()
 		report("model", e.enclave.Unload(ctx, set.id))
@@ -205,7 +226,7 @@ func (s *Supervisor) Inspect(ctx context.Context, path string) (enclave.Model, e
 		return enclave.Model{}, err
 	}
 	defer f.Close()
-	sources, _, err := openSources(path, f)
+	sources, _, err := openSources(modelPath{name: path}, f)
 	defer closeAll(sources)
 	if err != nil {
 		return enclave.Model{}, err

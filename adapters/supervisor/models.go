@@ -44,6 +44,16 @@ func (m *modelSet) discard() {
 	}
 }
 
+// modelPath is a path as an engine names it, and the directory that it starts from where it is relative.
+type modelPath struct{ name, dir string }
+
+func (m modelPath) resolve(p string) string {
+	if filepath.IsAbs(p) || m.dir == "" {
+		return p
+	}
+	return m.dir + "/" + p // not filepath.Join: it would take ".." back out of the link that dir is
+}
+
 // openModel opens a model by path, saying what is wrong with what is no model.
 func openModel(path string) (*os.File, error) {
 	f, _, err := gguf.Open(path)
@@ -70,7 +80,7 @@ func splitPaths(path string, g *gguf.File) ([]string, error) {
 
 // loadSet has the enclave shield the model that an engine is opening. It returns nil for a file that the engine may
 // open as it is.
-func loadSet(ctx context.Context, c *plugin.Client, path string, model *os.File) (*modelSet, error) {
+func loadSet(ctx context.Context, c *plugin.Client, path modelPath, model *os.File) (*modelSet, error) {
 	sources, paths, err := openSources(path, model)
 	defer closeAll(sources)
 	if err != nil {
@@ -118,7 +128,7 @@ func shield(ctx context.Context, c *plugin.Client, sources, outputs []*os.File) 
 
 // openSources opens the files of the model. The one that the engine opened is taken from its own descriptor, so that
 // what is shielded is what it would have read.
-func openSources(path string, model *os.File) (files []*os.File, paths []string, err error) {
+func openSources(path modelPath, model *os.File) (files []*os.File, paths []string, err error) {
 	info, err := model.Stat()
 	if err != nil {
 		return nil, nil, err
@@ -127,16 +137,16 @@ func openSources(path string, model *os.File) (files []*os.File, paths []string,
 	if err != nil {
 		return nil, nil, enclave.Invalid("%v", err)
 	}
-	paths, err = splitPaths(path, g)
+	paths, err = splitPaths(path.name, g)
 	if err != nil {
 		return nil, nil, err
 	}
 	for _, p := range paths {
 		var f *os.File
-		if p == path || len(paths) == 1 {
+		if p == path.name || len(paths) == 1 {
 			f, err = duplicate(model)
 		} else {
-			f, err = os.Open(p)
+			f, err = openModel(path.resolve(p))
 		}
 		if err != nil {
 			return files, nil, enclave.Invalid("a file of this model cannot be opened: %v", err)
@@ -182,6 +192,11 @@ func finish(res enclave.LoadResult, sources, outputs []*os.File) error {
 	if len(res.OutputSizes) != len(outputs) {
 		return errors.New("the enclave returned sizes for another number of files")
 	}
+	for _, c := range res.Copies {
+		if c.File < 0 || c.File >= len(outputs) {
+			return fmt.Errorf("the enclave returned a copy for file %d of %d", c.File, len(outputs))
+		}
+	}
 	if err := copyAll(res.Copies, sources, outputs); err != nil {
 		return err
 	}
@@ -221,9 +236,6 @@ func copyAll(copies []enclave.Copy, sources, outputs []*os.File) error {
 		})
 	}
 	for _, c := range copies {
-		if c.File < 0 || c.File >= len(sources) {
-			continue
-		}
 		for _, part := range pieces(c) {
 			work <- part
 		}

@@ -51,30 +51,48 @@ func runtimeBase() string {
 	return "/tmp"
 }
 
+// lock makes a directory's lock. It appears under its name when it is held already: another run that starts at the
+// same moment must not take this one for dead.
 func lock(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, lockName+".new"), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err = hold(f); err == nil {
+		err = os.Rename(f.Name(), filepath.Join(dir, lockName))
+	}
+	if err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
-// removeStale removes directories whose lock nobody holds. Those of other users cannot be opened and are let alone.
+func hold(f *os.File) error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) }
+
+// removeStale removes this user's directories whose lock nobody holds. Others share the base directory: what is not
+// ours, or open to them, is let alone.
 func removeStale(base string) {
 	dirs, _ := filepath.Glob(filepath.Join(base, dirPrefix+"*"))
 	for _, dir := range dirs {
-		if _, err := os.Stat(filepath.Join(dir, lockName)); err != nil {
+		if !isOwn(dir) {
 			continue
 		}
-		if f, err := lock(dir); err == nil {
-			os.RemoveAll(dir)
-			f.Close()
+		f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
 		}
+		if hold(f) == nil {
+			os.RemoveAll(dir)
+		}
+		f.Close()
 	}
+}
+
+func isOwn(dir string) bool {
+	var st unix.Stat_t
+	err := unix.Lstat(dir, &st)
+	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR && st.Mode&0o077 == 0 && st.Uid == uint32(os.Getuid())
 }
 
 // Root of the directory.

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -63,8 +64,18 @@ type Supervisor struct {
 type Events struct {
 	Shielded int      // models shielded
 	Passed   int      // files without attention weights, opened as they are
-	Refusals []string // why models were refused
-	Fatal    []string // why hooks ended their processes
+	Refusals []string // why models were refused, the first 100
+	Fatal    []string // why hooks ended their processes, the first 100
+}
+
+// maxNotes of a kind are kept: engine processes are not trusted with our memory.
+const maxNotes = 100
+
+func note(list []string, text string) []string {
+	if len(list) < maxNotes {
+		list = append(list, text)
+	}
+	return list
 }
 
 // New starts an enclave and opens the session socket.
@@ -124,7 +135,7 @@ func (s *Supervisor) begin() error {
 }
 
 func (s *Supervisor) enclaveOptions() plugin.Options {
-	return plugin.Options{Program: s.cfg.Enclave, Args: append(s.cfg.Args, "--runtime-dir", s.dir.Root()), SocketDir: s.dir.Root()}
+	return plugin.Options{Program: s.cfg.Enclave, Args: append(slices.Clone(s.cfg.Args), "--runtime-dir", s.dir.Root()), SocketDir: s.dir.Root()}
 }
 
 // Environment is what a child process needs to be shielded, on top of the given environment.
