@@ -45,10 +45,10 @@ func chat(text string) question {
 }
 
 var questions = []question{
-	completion("The old captain looked at the sea"),
+	completion("At last"),
 	completion("Fellow citizens of the Senate"),
-	chat("Tell me about the white whale."),
-	chat("Who commands the ship?"),
+	chat("Describe the harpoon."),
+	chat("Who are you?"),
 }
 
 func main() {

@@ -44,9 +44,14 @@ struct control {
     _Atomic uint32_t enclave_sleeps;
     _Alignas(64) _Atomic uint32_t reply;          /* futex: counts replies */
     _Atomic uint32_t engine_sleeps;
-    _Alignas(64) _Atomic uint64_t transitions, nanoseconds, bytes;
+    _Alignas(64) _Atomic uint64_t transitions;
+    _Atomic uint64_t nanoseconds, bytes;
     _Alignas(64) _Atomic uint64_t histogram[BUCKETS];
 };
+_Static_assert(offsetof(struct control, request) == 64 && offsetof(struct control, reply) == 128 &&
+                   offsetof(struct control, transitions) == 192 && offsetof(struct control, nanoseconds) == 200 &&
+                   offsetof(struct control, bytes) == 208 && offsetof(struct control, histogram) == 256,
+               "the control block is laid out as docs/protocol.md says");
 _Static_assert(sizeof(struct control) <= PAGE, "the control block is one page");
 
 static struct {
