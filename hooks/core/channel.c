@@ -219,10 +219,12 @@ static bool receive_all(uint8_t *p, size_t len)
 static bool exchange_socket(void)
 {
     size_t header = sizeof *channel.request;
-    return send_all((const uint8_t *)channel.request, header + channel.request->payload) &&
-           receive_all((uint8_t *)channel.reply, header) &&
-           channel.reply->payload <= channel.capacity &&
-           receive_all(channel.reply_rows, channel.reply->payload);
+    if (!send_all((const uint8_t *)channel.request, header + channel.request->payload) ||
+        !receive_all((uint8_t *)channel.reply, header))
+        return false;
+    if (channel.reply->payload > channel.capacity)
+        return true; /* check_reply says what is wrong with it */
+    return receive_all(channel.reply_rows, channel.reply->payload);
 }
 
 /* --- both --- */
