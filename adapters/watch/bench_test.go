@@ -24,7 +24,7 @@ func BenchmarkIdle(b *testing.B) {
 	ended := make(chan struct{})
 	go func() { defer close(ended); w.Run(ctx) }()
 	defer func() { stop(); <-ended }()
-	time.Sleep(drowsy + alert)
+	time.Sleep(drowsy + alert) // for the children to fall asleep
 	before := used(b)
 	b.ResetTimer()
 	for range b.N {

@@ -69,7 +69,7 @@ type finding struct {
 // judge returns the evidence against the process as it was scanned, nil when there is none.
 func (p *process) judge(files *catalogue) *finding {
 	if p.unreadable {
-		return p.judgeCommand(files)
+		return p.judgeClosed()
 	}
 	for m, covered := range p.mapped {
 		if _, data, known := m.tensors(); known && covered > loading(data) {
@@ -85,7 +85,7 @@ func (p *process) judge(files *catalogue) *finding {
 			return &finding{m, "has read " + bytesText(read) + " of it"}
 		}
 	}
-	return nil
+	return p.judgeCommand(files)
 }
 
 // loading is how much tensor data in a process's hands counts as the weights.
@@ -130,13 +130,36 @@ func (p *process) objectFile(o object) string {
 	return p.path("root") + o.path
 }
 
-// judgeCommand is all that can be done about a process whose memory and descriptors are closed to
-// the watch (a setuid program, seen by an ordinary user): it must not name a model.
+// judgeCommand catches what is read and closed between two looks: a program with ggml out of the
+// hook's reach that names a model and has read enough since its start.
 func (p *process) judgeCommand(files *catalogue) *finding {
+	read := p.print.read - p.readByLast
+	for _, m := range p.named {
+		header, data, known := m.tensors()
+		p.undecided = p.undecided || !known
+		if known && data > 0 && read > header+loading(data) && p.hasUnhookedGGML(files) {
+			return &finding{m, "was given it on its command line and has read " + bytesText(read) + " since its start"}
+		}
+	}
+	return nil
+}
+
+// judgeClosed is all that can be done about a process whose memory and descriptors are closed to
+// the watch (a setuid program, seen by an ordinary user): it must not name a model.
+func (p *process) judgeClosed() *finding {
+	for _, m := range p.named {
+		return &finding{m, "was given it on its command line, cannot be looked into, and goes on"}
+	}
+	return nil
+}
+
+// namedModels returns the models among the arguments, as words or after an equals sign.
+func (p *process) namedModels(files *catalogue) []*model {
 	text, err := os.ReadFile(p.path("cmdline"))
 	if err != nil {
 		return nil
 	}
+	found := []*model{}
 	for i, argument := range strings.Split(string(text), "\x00") {
 		if _, value, ok := strings.Cut(argument, "="); ok {
 			argument = value
@@ -144,14 +167,21 @@ func (p *process) judgeCommand(files *catalogue) *finding {
 		if i == 0 || argument == "" {
 			continue
 		}
-		// Its working folder is hidden as well; ours is the likely one.
-		path, err := filepath.Abs(argument)
-		if err != nil {
-			continue
-		}
-		if m := files.model(path); m != nil {
-			return &finding{m, "was given it on its command line, cannot be looked into, and goes on"}
+		if m := files.model(p.absolute(argument)); m != nil {
+			found = append(found, m)
 		}
 	}
-	return nil
+	return found
+}
+
+// absolute resolves a path as the process would; where its folder is hidden, ours is the likely one.
+func (p *process) absolute(path string) string {
+	if filepath.IsAbs(path) {
+		return path
+	}
+	folder, err := os.Readlink(p.path("cwd"))
+	if err != nil {
+		folder, _ = os.Getwd()
+	}
+	return filepath.Join(folder, path)
 }

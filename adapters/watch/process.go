@@ -20,7 +20,8 @@ type process struct {
 
 	statm, io int // kept open: cheap to read, and bound to the process, not to its number
 	print     print
-	program   mapID // the first file mapped: what is executed
+	turn      bool // which counter of a sleeping process was read last
+	execution execution
 
 	seen, changed, scanned, due time.Time
 	cost                        time.Duration
@@ -28,7 +29,9 @@ type process struct {
 	hooked     bool // the hook's library is mapped
 	undecided  bool // something about its files is still being found out
 	unreadable bool
-	readBefore int64 // bytes it had read at the last scan
+	readBefore int64    // bytes it had read at the last scan
+	readByLast int64    // bytes it had read when its program was executed
+	named      []*model // on its command line; nil before that was read
 	mapped     map[*model]int64
 	reading    map[*model]*reading
 	objects    []object
@@ -51,7 +54,7 @@ func newProcess(pid, parent int, now time.Time) *process {
 		return nil
 	}
 	p := &process{pid: pid, parent: parent, start: s.start, seen: now, changed: now, due: now,
-		reading: map[*model]*reading{}}
+		reading: map[*model]*reading{}, known: map[mapID]*model{}}
 	open := func(name string) int {
 		fd, err := unix.Open(p.path(name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -75,23 +78,43 @@ func (p *process) alive() bool {
 	return err == nil && s.start == p.start
 }
 
-// fingerprint is false when the process is gone.
-func (p *process) fingerprint() (print, bool) {
-	var buf [256]byte
+// fingerprint is false when the process is gone. Of a process that is asleep the two counters are
+// read in turn: to execute a program or to open a model as ggml does moves both.
+func (p *process) fingerprint(asleep bool) (print, bool) {
+	now := p.print
+	p.turn = !p.turn
+	alive := true
+	if !asleep || p.turn {
+		now.size, alive = p.size(now.size)
+	}
+	if !asleep || !p.turn {
+		now.read = p.bytesRead(now.read)
+	}
+	return now, alive
+}
+
+// size is false when the process is gone.
+func (p *process) size(before string) (string, bool) {
+	var buf [64]byte
 	n, err := unix.Pread(p.statm, buf[:], 0)
 	if err != nil || n == 0 {
 		// No descriptor was left for it, or it is gone.
-		return print{}, p.statm < 0 && p.alive()
+		return before, p.statm < 0 && p.alive()
 	}
 	size, _, _ := bytes.Cut(buf[:n], []byte(" "))
-	now := print{size: p.print.size}
-	if string(size) != now.size {
-		now.size = string(size)
+	if string(size) == before {
+		return before, true
 	}
-	if n, err = unix.Pread(p.io, buf[:], 0); err == nil {
-		now.read = number(buf[:n], "rchar")
+	return string(size), true
+}
+
+func (p *process) bytesRead(before int64) int64 {
+	var buf [256]byte
+	n, err := unix.Pread(p.io, buf[:], 0)
+	if err != nil {
+		return before
 	}
-	return now, true
+	return number(buf[:n], "rchar")
 }
 
 // pause says how long the process may be left alone.
@@ -99,12 +122,9 @@ func (p *process) pause(now time.Time) time.Duration {
 	young := now.Sub(p.seen) < alert
 	engaged := len(p.reading)+len(p.mapped) > 0 && now.Sub(p.changed) < alert
 	if young || engaged || p.undecided {
-		return max(engagedPoll, share*p.cost)
+		return min(max(engagedPoll, share*p.cost), slowestEngaged)
 	}
-	if p.asleep(now) {
-		return asleepPoll
-	}
-	return max(basePoll, share*p.cost)
+	return basePoll
 }
 
 // asleep says whether nothing has moved in the process for a while.
@@ -124,6 +144,9 @@ func (p *process) scan(files *catalogue, hook string) {
 	judged := !p.undecided
 	p.undecided = false
 	p.scanMaps(files, hook)
+	if p.named == nil {
+		p.named = p.namedModels(files)
+	}
 	p.follow(p.openModels(files), judged)
 }
 
@@ -141,7 +164,7 @@ func (p *process) scanMaps(files *catalogue, hook string) {
 			continue
 		}
 		if first {
-			p.executed(m.file)
+			p.executed(execution{m.file, stackEnd(text)})
 			first = false
 		}
 		p.hooked = p.hooked || sameBase(m.path, hook)
@@ -153,12 +176,33 @@ func (p *process) scanMaps(files *catalogue, hook string) {
 	}
 }
 
-// executed starts afresh when the process has executed another program.
-func (p *process) executed(program mapID) {
-	if program != p.program {
-		p.program, p.known = program, map[mapID]*model{}
-		p.seen = p.scanned
+// execution is one execution of a program. The kernel lays out the stack anew, at a random place,
+// for each, which tells it from another of the same program.
+type execution struct {
+	program mapID
+	stack   string
+}
+
+// stackEnd returns the upper end of the stack's line in maps: the lower one moves as it grows.
+func stackEnd(maps []byte) string {
+	at := bytes.LastIndex(maps, []byte("[stack]"))
+	if at < 0 {
+		return ""
 	}
+	line := maps[bytes.LastIndexByte(maps[:at], '\n')+1 : at]
+	addresses, _, _ := bytes.Cut(line, []byte(" "))
+	return string(addresses[bytes.IndexByte(addresses, '-')+1:])
+}
+
+// executed starts afresh when the process has executed another program.
+func (p *process) executed(e execution) {
+	if e == p.execution {
+		return
+	}
+	if p.execution != (execution{}) {
+		p.readByLast = p.readBefore
+	}
+	p.execution, p.known, p.named, p.seen = e, map[mapID]*model{}, nil, p.scanned
 }
 
 func (p *process) addMapping(files *catalogue, m mapping) {

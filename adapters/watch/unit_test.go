@@ -41,6 +41,17 @@ func TestParseMapping(t *testing.T) {
 	}
 }
 
+func TestStackEnd(t *testing.T) {
+	for text, want := range map[string]string{
+		"1-2 r--p 0 fe:01 4 /m\n7ffc1-7ffd2 rw-p 0 00:00 0    [stack]\n7ffe-7fff r-xp 0 00:00 0 [vdso]\n": "7ffd2",
+		"1-2 r--p 0 fe:01 4 /m\n": "", "": "", "[stack]": "", "x [stack]": "x",
+	} {
+		if got := stackEnd([]byte(text)); got != want {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add([]byte("7f00-8f00 r-xp 00002000 fe:01 42 /model"))
 	f.Add([]byte("77 (sh) S 12 1 1 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 998877 1000 200 1 1 2 140700000 0 0\n"))
@@ -51,6 +62,7 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("%+v", m)
 		}
 		parseStat(text)
+		stackEnd(text)
 		number(text, "rchar")
 	})
 }

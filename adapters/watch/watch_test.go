@@ -112,6 +112,21 @@ func TestQuickProcessesDoNotDisturb(t *testing.T) {
 	w.start(t, false, nil, b.static, "map", b.small).killed(t, w)
 }
 
+// What was read and closed while nobody looked shows in the command line and the counter.
+func TestEngineThatHasClosedItsModelIsEnded(t *testing.T) {
+	b := newBench(t)
+	before := &watching{bench: b}
+	h := before.start(t, true, nil, b.engine, "readclose", b.small)
+	other := before.start(t, true, nil, b.dynamic, "readclose", b.small)
+	<-h.done
+	<-other.done
+	w := startWatch(t, b)
+	if v := h.killed(t, w); v.Model != b.small || !strings.Contains(v.Evidence, "command line") {
+		t.Errorf("violation %+v", v)
+	}
+	other.survives(t, w)
+}
+
 func TestDiagnose(t *testing.T) {
 	b := newBench(t)
 	for program, want := range map[string]watch.Cause{

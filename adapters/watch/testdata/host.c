@@ -64,6 +64,7 @@ int main(int argc, char **argv) {
     if (!strcmp(way, "pread")) positioned(fd, st.st_size);
     if (!strcmp(way, "header")) header(fd);
     if (!strcmp(way, "chunk")) chunk(fd, argv[2]);
+    if (!strcmp(way, "readclose")) { bulk(fd); close(fd); }
     if (!strcmp(way, "quick")) return 0;
     if (!strcmp(way, "fork")) {
         map(fd, st.st_size);
