@@ -144,7 +144,8 @@ func (p *process) scan(files *catalogue, hook string) {
 	judged := !p.undecided
 	p.undecided = false
 	p.scanMaps(files, hook)
-	if p.named == nil {
+	// In a closed process no execution of another program can be told.
+	if p.named == nil || p.unreadable {
 		p.named = p.namedModels(files)
 	}
 	p.follow(p.openModels(files), judged)
