@@ -101,9 +101,13 @@ static void *reader(void *arg)
 {
     (void)arg;
     static struct message m; /* there is one reader */
+    bool welcome = false;
     while (receive_message(session.fd, &m)) {
         if (m.h.type == STOP)
             kvs_die("%.*s", (int)m.h.length, (const char *)m.body);
+        if (m.h.type == REFUSED && !welcome) /* said here: the supervisor hangs up next */
+            kvs_die("refused: %.*s", (int)m.h.length, (const char *)m.body);
+        welcome = true;
         pthread_mutex_lock(&session.lock);
         session.reply = m;
         session.have_reply = true;
@@ -196,7 +200,7 @@ void kvs_session_begin(const char *engine_version)
         struct message *m = new_message();
         ask(HELLO, body, sizeof pid + n, -1, m);
         if (m->h.type != WELCOME || m->fd < 0)
-            kvs_die("refused: %.*s", (int)m->h.length, (const char *)m->body);
+            kvs_die("the supervisor answered a hello with message %u", m->h.type);
         struct kvs_welcome w = {u32(m, 0), u32(m, 1), u32(m, 2), u32(m, 3), m->fd};
         free(m);
         kvs_channel_attach(&w);
