@@ -140,8 +140,8 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 }
 
 func (e *engine) open(ctx context.Context, path string, model *os.File) (session.Opened, *os.File, error) {
-	if f, set := e.laterSplit(path); f != nil {
-		return set.opened, f, nil
+	if opened, f, err := e.laterSplit(path, model); !errors.Is(err, errNotOfSet) {
+		return opened, f, err
 	}
 	set, err := loadSet(ctx, e.enclave, modelPath{path, e.directory()}, model)
 	if err != nil || set == nil {
@@ -152,21 +152,20 @@ func (e *engine) open(ctx context.Context, path string, model *os.File) (session
 		return session.Opened{}, nil, err
 	}
 	e.sets = append(e.sets, set)
-	f, err := set.take(path)
-	return set.opened, f, err
+	return set.take(path, model)
 }
 
 // directory is what relative paths of the process start from.
 func (e *engine) directory() string { return fmt.Sprintf("/proc/%d/cwd", e.pid) }
 
 // laterSplit returns the shielded file of a split whose set was loaded with an earlier one.
-func (e *engine) laterSplit(path string) (*os.File, *modelSet) {
+func (e *engine) laterSplit(path string, model *os.File) (session.Opened, *os.File, error) {
 	for _, set := range e.sets {
-		if f, err := set.take(path); err == nil {
-			return f, set
+		if opened, f, err := set.take(path, model); !errors.Is(err, errNotOfSet) {
+			return opened, f, err
 		}
 	}
-	return nil, nil
+	return session.Opened{}, nil, errNotOfSet
 }
 
 // Fatal implements session.Handler.

@@ -18,22 +18,33 @@ import (
 
 // modelSet is a shielded model: one memory file for each of its files, until the engine has taken them.
 type modelSet struct {
-	id     enclave.ModelID
-	opened session.Opened
-	paths  []string // of the originals, absolute or as the engine names them
-	files  []*os.File
+	id        enclave.ModelID
+	opened    session.Opened
+	paths     []string // of the originals, absolute or as the engine names them
+	files     []*os.File
+	originals []os.FileInfo
+	overlays  [][]session.Range // by file: what the engine takes from the original
 }
 
 // take hands out the shielded file that stands for the original at path, once.
-func (m *modelSet) take(path string) (*os.File, error) {
+func (m *modelSet) take(path string, original *os.File) (session.Opened, *os.File, error) {
+	opened := m.opened
 	for i, p := range m.paths {
-		if f := m.files[i]; f != nil && filepath.Clean(p) == filepath.Clean(path) {
-			m.files[i] = nil
-			return f, nil
+		f := m.files[i]
+		if f == nil || filepath.Clean(p) != filepath.Clean(path) {
+			continue
 		}
+		if info, err := original.Stat(); err != nil || !os.SameFile(info, m.originals[i]) {
+			return opened, nil, fmt.Errorf("%s was replaced while its model was loaded; load it again", filepath.Base(path))
+		}
+		m.files[i] = nil
+		opened.Overlay = m.overlays[i]
+		return opened, f, nil
 	}
-	return nil, fmt.Errorf("%s is not part of this model", filepath.Base(path))
+	return opened, nil, errNotOfSet
 }
+
+var errNotOfSet = errors.New("that file is not part of this model")
 
 func (m *modelSet) discard() {
 	for i, f := range m.files {
@@ -90,40 +101,58 @@ func loadSet(ctx context.Context, c *plugin.Client, path modelPath, model *os.Fi
 	if err != nil {
 		return nil, err
 	}
-	res, err := shield(ctx, c, sources, outputs)
+	res, overlays, err := shield(ctx, c, sources, outputs)
 	if err != nil || res.Action == enclave.Pass {
 		closeAll(outputs)
 		return nil, err
 	}
-	return &modelSet{id: res.ID, paths: paths, files: outputs, opened: session.Opened{Shield: true, Model: uint32(res.ID),
+	originals, err := stats(sources)
+	if err != nil {
+		closeAll(outputs)
+		return nil, err
+	}
+	return &modelSet{id: res.ID, paths: paths, files: outputs, originals: originals, overlays: overlays, opened: session.Opened{Shield: true, Model: uint32(res.ID),
 		Layers: uint32(res.Layers), RowFloats: uint32(res.RowFloats),
 		RotaryDim: uint32(res.RotaryDim), RotaryBase: res.RotaryBase, Marker: res.Marker, Fingerprint: res.Fingerprint}}, nil
 }
 
 // shield has the enclave write the shielded model to outputs and completes and seals them.
-func shield(ctx context.Context, c *plugin.Client, sources, outputs []*os.File) (enclave.LoadResult, error) {
+func shield(ctx context.Context, c *plugin.Client, sources, outputs []*os.File) (enclave.LoadResult, [][]session.Range, error) {
 	paths, release, err := c.Lend(ctx, append(append([]*os.File{}, sources...), outputs...)...)
 	if err != nil {
-		return enclave.LoadResult{}, err
+		return enclave.LoadResult{}, nil, err
 	}
 	defer release()
 	req := enclave.LoadRequest{Sources: paths[:len(sources)], Outputs: paths[len(sources):]}
 	model, err := c.Inspect(ctx, req.Sources)
 	if err != nil || model.Action == enclave.Pass {
-		return enclave.LoadResult{Model: model}, err
+		return enclave.LoadResult{Model: model}, nil, err
 	}
-	if err := enoughMemory(model.Bytes); err != nil {
-		return enclave.LoadResult{}, err
+	if err := enoughMemory(model.ShieldBytes); err != nil {
+		return enclave.LoadResult{}, nil, err
 	}
 	res, err := c.Load(ctx, req)
 	if err != nil {
-		return enclave.LoadResult{}, err
+		return enclave.LoadResult{}, nil, err
 	}
-	if err := finish(res, sources, outputs); err != nil {
+	overlays, err := finish(res, sources, outputs)
+	if err != nil {
 		_ = c.Unload(ctx, res.ID) // the error that matters is the first one
-		return enclave.LoadResult{}, err
+		return enclave.LoadResult{}, nil, err
 	}
-	return res, nil
+	return res, overlays, nil
+}
+
+func stats(files []*os.File) ([]os.FileInfo, error) {
+	var list []os.FileInfo
+	for _, f := range files {
+		info, err := f.Stat()
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, info)
+	}
+	return list, nil
 }
 
 // openSources opens the files of the model. The one that the engine opened is taken from its own descriptor, so that
@@ -187,8 +216,20 @@ func enoughMemory(need int64) error {
 		"free some, or use a smaller model or quantisation", need>>20, free>>20)
 }
 
-// finish copies what the enclave left to the host and seals the outputs against any change.
-func finish(res enclave.LoadResult, sources, outputs []*os.File) error {
+// finish copies what the enclave left to the host, except what the engine can take from the original, and seals the outputs
+// against any change.
+func finish(res enclave.LoadResult, sources, outputs []*os.File) ([][]session.Range, error) {
+	if err := checkResult(res, outputs); err != nil {
+		return nil, err
+	}
+	overlays, rest := share(res.Copies, len(outputs))
+	if err := copyAll(rest, sources, outputs); err != nil {
+		return nil, err
+	}
+	return overlays, sealAll(res, outputs)
+}
+
+func checkResult(res enclave.LoadResult, outputs []*os.File) error {
 	if len(res.OutputSizes) != len(outputs) {
 		return errors.New("the enclave returned sizes for another number of files")
 	}
@@ -197,9 +238,10 @@ func finish(res enclave.LoadResult, sources, outputs []*os.File) error {
 			return fmt.Errorf("the enclave returned a copy for file %d of %d", c.File, len(outputs))
 		}
 	}
-	if err := copyAll(res.Copies, sources, outputs); err != nil {
-		return err
-	}
+	return nil
+}
+
+func sealAll(res enclave.LoadResult, outputs []*os.File) error {
 	for i, f := range outputs {
 		info, err := f.Stat()
 		if err != nil {

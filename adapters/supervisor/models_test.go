@@ -241,7 +241,7 @@ func TestFinishChecksWhatTheEnclaveSays(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer closeAll(outputs)
-			err = finish(enclave.LoadResult{Copies: test.copies, OutputSizes: test.sizes}, []*os.File{source}, outputs)
+			_, err = finish(enclave.LoadResult{Copies: test.copies, OutputSizes: test.sizes}, []*os.File{source}, outputs)
 			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("finish: %v, want %q", err, test.want)
 			}

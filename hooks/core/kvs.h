@@ -121,6 +121,10 @@ struct kvs_welcome {
     uint32_t transport, capacity, spin_us, timeout_ms;
     int fd;
 };
+/* Bytes of the shielded model that are the original's: whole pages, in the order of `to`. */
+struct kvs_range {
+    uint64_t from, to, length;
+};
 struct kvs_opened {
     uint32_t action, model, layers, row_floats;
     uint32_t rotary_dim;
@@ -128,6 +132,8 @@ struct kvs_opened {
     char marker[KVS_MARKER_MAX];
     uint8_t fingerprint[KVS_FINGERPRINT_MAX];
     size_t fingerprint_len;
+    struct kvs_range *overlay; /* belongs to whoever holds this struct */
+    size_t overlays;
     int fd;
     char refusal[512]; /* set when action is KVS_ACTION_REFUSE */
 };
@@ -154,6 +160,8 @@ struct kvs_model {
     struct kvs_opened info;
     char *path;
     int64_t dev, ino, size, mtime_ns;
+    int original;   /* the file that the engine asked for; -1 when nothing is taken from it */
+    bool consumed;  /* mapped or read in a way that fills the holes */
     bool used; /* a graph of it has run, so no more opens of this load are expected */
     struct kvs_model *next;
 };
@@ -161,10 +169,18 @@ struct kvs_model {
 KVS_HIDDEN bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused);
 KVS_HIDDEN bool kvs_exchange_fd(int fd, bool *refused);
 KVS_HIDDEN struct kvs_model *kvs_exchanged(const char *path);
+/* The model whose memory file this descriptor is, if parts of it have to come from the original. */
+KVS_HIDDEN struct kvs_model *kvs_model_of_file(int fd);
+KVS_HIDDEN void kvs_model_consumed(struct kvs_model *m);
 KVS_HIDDEN void kvs_model_path(const struct kvs_model *m, char *out, size_t len);
 KVS_HIDDEN struct kvs_model *kvs_model_of_marker(const struct kvs_ggml *g, const struct ggml_tensor *t);
 KVS_HIDDEN bool kvs_model_is_marker(const char *name);
 KVS_HIDDEN void kvs_model_used(struct kvs_model *m);
+
+/* overlay.c: a shielded model that shares what is unchanged with the original. */
+KVS_HIDDEN void *kvs_overlay_map(const struct kvs_model *m, size_t len, int prot, int flags);
+KVS_HIDDEN FILE *kvs_overlay_open(const struct kvs_model *m);
+KVS_HIDDEN int kvs_overlay_fileno(FILE *file); /* -1 for a stream that is not one of these */
 
 /* state.c: files that hold a saved cache. */
 KVS_HIDDEN void kvs_state_saved(const char *path);

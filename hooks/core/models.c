@@ -63,7 +63,7 @@ static struct kvs_model *same_load(const char *path, const struct stat *st)
     return same ? m : NULL;
 }
 
-static struct kvs_model *add(const char *path, const struct stat *st, const struct kvs_opened *info)
+static struct kvs_model *add(const char *path, const struct stat *st, const struct kvs_opened *info, int fd)
 {
     struct kvs_model *m = calloc(1, sizeof *m);
     char *copy = strdup(path);
@@ -71,6 +71,9 @@ static struct kvs_model *add(const char *path, const struct stat *st, const stru
         kvs_die("out of memory");
     m->info = *info;
     m->path = copy;
+    m->original = info->overlays > 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
+    if (info->overlays > 0 && m->original < 0)
+        kvs_die("cannot keep the model file open: %s", strerror(errno));
     m->dev = (int64_t)st->st_dev;
     m->ino = (int64_t)st->st_ino;
     m->size = st->st_size;
@@ -98,7 +101,7 @@ bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
         struct kvs_opened info;
         kvs_session_open(path, fd, &info);
         if (info.action == KVS_ACTION_SHIELD)
-            *model = add(path, &st, &info);
+            *model = add(path, &st, &info, fd);
         else if (info.action == KVS_ACTION_REFUSE) {
             kvs_say("%s: %s", path, info.refusal);
             *refused = true;
@@ -120,6 +123,7 @@ bool kvs_exchange_fd(int fd, bool *refused)
         return false;
     if (info.fd >= 0)
         close(info.fd);
+    free(info.overlay);
     kvs_say("this program opens its model through a FILE*, which kvshield cannot exchange; "
             "have it open the model by its path");
     *refused = true;
@@ -134,6 +138,30 @@ struct kvs_model *kvs_exchanged(const char *path)
         m = m->next;
     pthread_mutex_unlock(&lock);
     return m;
+}
+
+struct kvs_model *kvs_model_of_file(int fd)
+{
+    struct stat want, have;
+    pthread_mutex_lock(&lock);
+    struct kvs_model *m = models;
+    bool any = false;
+    for (const struct kvs_model *p = m; p; p = p->next)
+        any |= p->original >= 0;
+    if (!any || fstat(fd, &want) != 0)
+        m = NULL;
+    while (m && !(m->original >= 0 && fstat(m->info.fd, &have) == 0 && have.st_dev == want.st_dev &&
+                  have.st_ino == want.st_ino))
+        m = m->next;
+    pthread_mutex_unlock(&lock);
+    return m;
+}
+
+void kvs_model_consumed(struct kvs_model *m)
+{
+    pthread_mutex_lock(&lock);
+    m->consumed = true;
+    pthread_mutex_unlock(&lock);
 }
 
 void kvs_model_path(const struct kvs_model *m, char *out, size_t len)
@@ -188,6 +216,12 @@ void kvs_model_used(struct kvs_model *m)
         /* The engine holds its own mapping or copy by now: let go of the file's memory. */
         close(f->info.fd);
         f->info.fd = -1;
+        if (f->original >= 0) {
+            if (!f->consumed)
+                kvs_die("this engine read its model in a way that kvshield does not know");
+            close(f->original);
+            f->original = -1;
+        }
     }
     pthread_mutex_unlock(&lock);
 }

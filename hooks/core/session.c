@@ -208,14 +208,15 @@ void kvs_session_begin(const char *engine_version)
     pthread_mutex_unlock(&once);
 }
 
-/* OPENED: action, model, layers, floats per row, rotary dimensions and base, then marker and fingerprint, each with its length. */
+/* OPENED: action, model, layers, floats per row, rotary dimensions and base, then marker, fingerprint and overlay, each with its length. */
 static void decode_opened(const struct message *m, struct kvs_opened *out)
 {
-    size_t at = 8 * sizeof(uint32_t);
-    size_t marker = u32(m, 6), fingerprint = u32(m, 7);
+    size_t at = 9 * sizeof(uint32_t);
+    size_t marker = u32(m, 6), fingerprint = u32(m, 7), overlays = u32(m, 8);
     uint32_t base = u32(m, 5);
     if (marker >= sizeof out->marker || fingerprint > sizeof out->fingerprint ||
-        m->h.length != at + marker + fingerprint)
+        overlays > MESSAGE_MAX / sizeof *out->overlay ||
+        m->h.length != at + marker + fingerprint + overlays * sizeof *out->overlay)
         kvs_die("the supervisor's answer for a model has impossible lengths");
     out->action = u32(m, 0);
     out->model = u32(m, 1);
@@ -226,6 +227,13 @@ static void decode_opened(const struct message *m, struct kvs_opened *out)
     memcpy(out->marker, m->body + at, marker);
     memcpy(out->fingerprint, m->body + at + marker, fingerprint);
     out->fingerprint_len = fingerprint;
+    out->overlays = overlays;
+    if (overlays > 0) {
+        out->overlay = malloc(overlays * sizeof *out->overlay);
+        if (!out->overlay)
+            kvs_die("out of memory");
+        memcpy(out->overlay, m->body + at + marker + fingerprint, overlays * sizeof *out->overlay);
+    }
     out->fd = m->fd;
     if (out->action == KVS_ACTION_SHIELD &&
         (m->fd < 0 || out->row_floats == 0 || out->layers == 0 || marker == 0 || fingerprint == 0))

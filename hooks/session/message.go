@@ -64,6 +64,12 @@ type Welcome struct {
 	TimeoutMS uint32 // how long the hook waits for an answer before it ends its process, ms
 }
 
+// Range is a run of whole pages of a shielded model that the hook takes from the original.
+type Range struct{ From, To, Length uint64 }
+
+// OverlayMax is how many ranges an Opened can carry.
+const OverlayMax = 300
+
 // Opened answers an Open. With Shield a file descriptor of the shielded model comes along.
 type Opened struct {
 	Shield      bool
@@ -73,7 +79,8 @@ type Opened struct {
 	RotaryDim   uint32  // what the engine's rotary embedding must be called with: rows,
 	RotaryBase  float32 // and base of the frequencies
 	Marker      string  // name of the tensor that Fingerprint belongs to, at most 63 bytes
-	Fingerprint []byte  // at most 256 bytes
+	Overlay     []Range
+	Fingerprint []byte // at most 256 bytes
 }
 
 const (
@@ -148,10 +155,15 @@ func (o Opened) encode() ([]byte, error) {
 		action = actionShield
 	}
 	var b []byte
-	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint))} {
+	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint)), uint32(len(o.Overlay))} {
 		b = binary.LittleEndian.AppendUint32(b, v)
 	}
 	b = append(append(b, o.Marker...), o.Fingerprint...)
+	for _, r := range o.Overlay {
+		for _, v := range []uint64{r.From, r.To, r.Length} {
+			b = binary.LittleEndian.AppendUint64(b, v)
+		}
+	}
 	return encode(typeOpened, b), nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strings"
 )
 
 // WriteHeader writes the header of a new file that has f's keys and the given tensors, padded up to
@@ -16,6 +17,35 @@ import (
 // was parsed from, byte for byte, except the integers named in patch. The tensors must be placed as
 // [Place] does it.
 func WriteHeader(w io.Writer, src io.ReaderAt, f *File, tensors []Tensor, patch map[string]uint64) (dataOffset int64, err error) {
+	return writeHeader(w, src, f, tensors, patch, -1)
+}
+
+const (
+	paddingKey = "kvshield.padding"
+	// PageMax is a multiple of every page size that Linux has, HugePage one of the large pages in which it maps a large
+	// file that is cached.
+	PageMax  = 64 << 10
+	HugePage = 2 << 20
+	// emptyPadding is what the padding key takes besides its text: name, type and length.
+	emptyPadding = 8 + int64(len(paddingKey)) + 4 + 8
+)
+
+// WriteHeaderInPlace is WriteHeader with a padding key added, so that the data lies at the same place within a page of the
+// given size as in f: what is unchanged of it can be mapped from there. Where an alignment beyond a page or a padding
+// key in f forbids that, there is none.
+func WriteHeaderInPlace(w io.Writer, src io.ReaderAt, f *File, tensors []Tensor, patch map[string]uint64, page int64) (dataOffset int64, err error) {
+	if _, taken := f.values[paddingKey]; taken || page%f.Alignment != 0 {
+		return WriteHeader(w, src, f, tensors, patch)
+	}
+	end := f.keysEnd + emptyPadding
+	for _, t := range tensors {
+		end += 8 + int64(len(t.Name)) + 4 + 8*int64(len(t.Dims)) + 4 + 8
+	}
+	return writeHeader(w, src, f, tensors, patch, ((f.DataOffset-end)%page+page)%page)
+}
+
+// writeHeader adds a padding key with a text of the given length, unless that is negative.
+func writeHeader(w io.Writer, src io.ReaderAt, f *File, tensors []Tensor, patch map[string]uint64, padding int64) (dataOffset int64, err error) {
 	if err := checkTensors(tensors, f.Alignment); err != nil {
 		return 0, err
 	}
@@ -27,8 +57,16 @@ func WriteHeader(w io.Writer, src io.ReaderAt, f *File, tensors []Tensor, patch 
 	out.bytes([]byte(magic))
 	out.u32(f.Version)
 	out.u64(uint64(len(tensors)))
-	out.u64(uint64(len(f.keys)))
-	out.copyPatched(src, fixedHeader, f.keysEnd, patches)
+	if padding < 0 {
+		out.u64(uint64(len(f.keys)))
+		out.copyPatched(src, fixedHeader, f.keysEnd, patches)
+	} else {
+		out.u64(uint64(len(f.keys) + 1))
+		out.copyPatched(src, fixedHeader, f.keysEnd, patches)
+		out.text(paddingKey)
+		out.u32(uint32(kindString))
+		out.text(strings.Repeat(" ", int(padding)))
+	}
 	return out.tensors(tensors, f.Alignment)
 }
 

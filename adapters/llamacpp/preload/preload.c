@@ -16,7 +16,10 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_CALLERS 32
@@ -160,9 +163,45 @@ FILE *ggml_fopen(const char *path, const char *mode)
         errno = EPERM;
         return NULL;
     }
+    if (m->original >= 0) {
+        kvs_model_consumed(m);
+        return kvs_overlay_open(m);
+    }
     char shielded[64];
     kvs_model_path(m, shielded, sizeof shielded);
     return g->fopen(shielded, mode);
+}
+
+EXPORT int fileno(FILE *file)
+{
+    static int (*real)(FILE *);
+    int fd = kvs_overlay_fileno(file);
+    if (fd >= 0)
+        return fd;
+    if (!real)
+        *(void **)(void *)&real = dlsym(RTLD_NEXT, "fileno");
+    return real(file);
+}
+
+/* A raw system call where it is none of our business: the dynamic linker itself needs memory to look a function up. */
+static void *map(void *at, size_t len, int prot, int flags, int fd, off64_t offset)
+{
+    if (fd >= 0 && at == NULL && offset == 0 && prot == PROT_READ && (flags & MAP_SHARED)) {
+        struct kvs_model *m = kvs_model_of_file(fd);
+        if (m)
+            return kvs_overlay_map(m, len, prot, flags);
+    }
+    return (void *)syscall(SYS_mmap, at, len, prot, flags, fd, (long)offset);
+}
+
+EXPORT void *mmap(void *at, size_t len, int prot, int flags, int fd, off_t offset)
+{
+    return map(at, len, prot, flags, fd, offset);
+}
+
+EXPORT void *mmap64(void *at, size_t len, int prot, int flags, int fd, off64_t offset)
+{
+    return map(at, len, prot, flags, fd, offset);
 }
 
 /*
