@@ -147,8 +147,8 @@ func decodeOpen(body []byte) (path string, err error) {
 }
 
 func (o Opened) encode() ([]byte, error) {
-	if len(o.Marker) > markerMax || len(o.Fingerprint) > fingerprintMax {
-		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d: too long for the hook", len(o.Marker), len(o.Fingerprint))
+	if len(o.Marker) > markerMax || len(o.Fingerprint) > fingerprintMax || len(o.Overlay) > OverlayMax {
+		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d, %d ranges: too long for the hook", len(o.Marker), len(o.Fingerprint), len(o.Overlay))
 	}
 	action := uint32(actionPass)
 	if o.Shield {
