@@ -124,7 +124,7 @@ func modelFinding(ctx context.Context, s *supervisor.Supervisor, path string) fi
 		return finding{"model", true, fmt.Sprintf("%s: no language model (architecture %q); engines open it as it is", path, m.Architecture), ""}
 	}
 	return finding{"model", true, fmt.Sprintf("%s: %s, %d layers, %d query heads, %d key/value heads of %d; mode permute shields it, "+
-		"rewriting %.1f MiB of %.1f MiB; the shielded copy takes that much memory beside the file",
+		"rewriting %.1f MiB of %.1f MiB, which is what it takes in memory beside the file",
 		path, m.Architecture, m.Layers, m.Heads, m.HeadsKV, m.HeadDim, mib(m.ShieldBytes), mib(m.Bytes)), ""}
 }
 
