@@ -11,7 +11,7 @@ import (
 
 // worthSharing is the least that is taken from the original instead of being copied, in bytes: every range costs the
 // engine's process a mapping.
-const worthSharing = 1 << 20
+const worthSharing = 128 << 10
 
 // share divides what the enclave left to the host into whole pages that the engine takes from the original itself, by file,
 // and the rest, which has to be copied. Most of a model is the former: it costs neither memory nor time.

@@ -168,8 +168,10 @@ func (p *process) scanMaps(files *catalogue, hook string) {
 			p.executed(execution{m.file, stackEnd(text)})
 			first = false
 		}
-		p.hooked = p.hooked || sameBase(m.path, hook)
-		if m.runnable && m.file != coded {
+		// The hook names ggml's functions too, and is no engine.
+		isHook := sameBase(m.path, hook)
+		p.hooked = p.hooked || isHook
+		if m.runnable && m.file != coded && !isHook {
 			coded = m.file
 			p.objects = append(p.objects, object{p.path("map_files/" + m.addresses), m.path})
 		}
