@@ -99,6 +99,11 @@ func (p *process) inBulk(files *catalogue, r *reading, header, data int64) (int6
 	if read := min(r.most()-header, data); read > metadataSlack+metadataHeaders*header {
 		return read, true
 	}
+	// Readers of metadata take a chunk of some megabytes at a given place (Node), or stop soon after the header (Go). Who has
+	// moved through half of a small model is loading it, whatever engine that is.
+	if moved := min(r.pos, r.most()) - header; moved > min(data/2, metadataSlack) {
+		return min(moved, data), true
+	}
 	read := min(r.least()-header, data)
 	return read, read > loading(data) && p.hasUnhookedGGML(files)
 }
