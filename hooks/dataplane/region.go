@@ -25,9 +25,6 @@ const (
 	magic = 0x4d53564b // "KVSM"
 	page  = 4096
 
-	// Buckets of the latency histogram: 8 for each power of two of nanoseconds, from 1,024 ns up.
-	Buckets = 160
-
 	offRequest       = 64
 	offEnclaveSleeps = 68
 	offReply         = 128

@@ -3,6 +3,8 @@ package dataplane
 import (
 	"sync/atomic"
 	"time"
+
+	"github.com/kvshield/kvshield/telemetry"
 )
 
 // Statistics is what the engine's end of a region has counted since it began. A transition is one frame out and
@@ -11,7 +13,7 @@ type Statistics struct {
 	Transitions uint64
 	Total       time.Duration
 	Bytes       uint64 // payload, one way
-	Histogram   [Buckets]uint64
+	Histogram   telemetry.Histogram
 }
 
 // Statistics reads the counters. The engine goes on counting meanwhile.
@@ -32,31 +34,8 @@ func (s *Statistics) Add(o Statistics) {
 	s.Transitions += o.Transitions
 	s.Total += o.Total
 	s.Bytes += o.Bytes
-	for i, n := range o.Histogram {
-		s.Histogram[i] += n
-	}
+	s.Histogram.Add(&o.Histogram)
 }
 
-// Quantile returns the upper bound of the bucket that holds quantile q, 0 < q <= 1; zero when nothing was counted.
-// Buckets are an eighth of a power of two wide, so the error is at most 12.5 %.
-func (s *Statistics) Quantile(q float64) time.Duration {
-	var all uint64
-	for _, n := range s.Histogram {
-		all += n
-	}
-	if all == 0 {
-		return 0
-	}
-	rank, sum := q*float64(all), 0.0
-	for i, n := range s.Histogram {
-		if sum += float64(n); sum >= rank && n > 0 {
-			return bucketEnd(i)
-		}
-	}
-	return bucketEnd(Buckets - 1)
-}
-
-func bucketEnd(i int) time.Duration {
-	base := time.Duration(1024) << (i / 8)
-	return base + base/8*time.Duration(i%8+1)
-}
+// Quantile of the transitions' latency.
+func (s *Statistics) Quantile(q float64) time.Duration { return s.Histogram.Quantile(q) }

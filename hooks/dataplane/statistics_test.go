@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kvshield/kvshield/telemetry"
 )
 
 func TestQuantile(t *testing.T) {
@@ -16,8 +18,8 @@ func TestQuantile(t *testing.T) {
 		t.Errorf("of nothing: %v", got)
 	}
 	var s Statistics
-	s.Histogram[0], s.Histogram[8], s.Histogram[Buckets-1] = 98, 1, 1
-	for q, want := range map[float64]time.Duration{0.01: 1152, 0.5: 1152, 0.98: 1152, 0.99: 2304, 1: bucketEnd(Buckets - 1)} {
+	s.Histogram[0], s.Histogram[8], s.Histogram[telemetry.Buckets-1] = 98, 1, 1
+	for q, want := range map[float64]time.Duration{0.01: 1152, 0.5: 1152, 0.98: 1152, 0.99: 2304, 1: telemetry.BucketEnd(telemetry.Buckets - 1)} {
 		if got := s.Quantile(q); got != want {
 			t.Errorf("quantile %v: %d ns, want %d", q, got, want)
 		}
@@ -64,17 +66,17 @@ func TestHookPutsDurationsIntoTheSameBuckets(t *testing.T) {
 	ask := func(ns time.Duration, bucket int) { asked, want = append(asked, ns), append(want, bucket) }
 	ask(0, 0)
 	ask(1023, 0)
-	for i := range Buckets {
+	for i := range telemetry.Buckets {
 		start := time.Duration(1024)
 		if i > 0 {
-			start = bucketEnd(i - 1)
+			start = telemetry.BucketEnd(i - 1)
 		}
 		ask(start, i)
-		ask((start+bucketEnd(i))/2, i)
-		ask(bucketEnd(i)-1, i)
+		ask((start+telemetry.BucketEnd(i))/2, i)
+		ask(telemetry.BucketEnd(i)-1, i)
 	}
-	ask(bucketEnd(Buckets-1), Buckets-1)
-	ask(1<<62, Buckets-1)
+	ask(telemetry.BucketEnd(telemetry.Buckets-1), telemetry.Buckets-1)
+	ask(1<<62, telemetry.Buckets-1)
 
 	var input strings.Builder
 	for _, ns := range asked {
