@@ -1,6 +1,7 @@
 package llamacpp
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,21 +32,24 @@ type ServerConfig struct {
 	Args    []string  // further arguments
 	Env     []string  // environment
 	Output  io.Writer // receives what the server prints; nil keeps only its last lines
+	// HealthEvery is how often WaitHealthy asks; zero: 50 ms.
+	HealthEvery time.Duration
 }
 
 // Server is a running llama-server.
 type Server struct {
-	cmd    *exec.Cmd
-	socket string
-	tail   *tail
-	done   chan struct{}
-	err    error // set before done is closed
+	cmd         *exec.Cmd
+	socket      string
+	healthEvery time.Duration
+	tail        *tail
+	done        chan struct{}
+	err         error // set before done is closed
 }
 
 // StartServer starts a llama-server. It dies with this process.
 func StartServer(c ServerConfig) (*Server, error) {
 	args := append([]string{"-m", c.Model, "--host", c.Socket}, c.Args...)
-	s := &Server{cmd: exec.Command(c.Program, args...), socket: c.Socket, tail: &tail{}, done: make(chan struct{})}
+	s := &Server{cmd: exec.Command(c.Program, args...), socket: c.Socket, healthEvery: cmp.Or(c.HealthEvery, healthEvery), tail: &tail{}, done: make(chan struct{})}
 	var out io.Writer = s.tail
 	if c.Output != nil {
 		out = io.MultiWriter(s.tail, c.Output)
@@ -101,7 +105,7 @@ func (s *Server) WaitHealthy(ctx context.Context) error {
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{Transport: transport, Timeout: 5 * time.Second}
-	tick := time.NewTicker(healthEvery)
+	tick := time.NewTicker(s.healthEvery)
 	defer tick.Stop()
 	for {
 		select {

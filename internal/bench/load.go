@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"strconv"
 	"time"
@@ -16,7 +14,7 @@ import (
 	"github.com/kvshield/kvshield/internal/gguf"
 )
 
-// healthEvery is closer than llamacpp.Server.WaitHealthy looks, whose step would be a good part of a small load.
+// healthEvery is closer than a server is usually asked: that step would be a good part of a small load.
 const healthEvery = 5 * time.Millisecond
 
 // loading is one measurement of a load.
@@ -29,7 +27,7 @@ func (c *Config) measureLoad(ctx context.Context, shield Shield) (loading, error
 		return loading{}, err
 	}
 	defer dir.Remove()
-	sc := llamacpp.ServerConfig{Program: c.Server, Model: c.Model, Socket: dir.Path("engine.sock"), Env: environment(shield)}
+	sc := llamacpp.ServerConfig{Program: c.Server, Model: c.Model, Socket: dir.Path("engine.sock"), Env: environment(shield), HealthEvery: healthEvery}
 	if c.Threads > 0 {
 		sc.Args = []string{"-t", strconv.Itoa(c.Threads)}
 	}
@@ -38,35 +36,10 @@ func (c *Config) measureLoad(ctx context.Context, shield Shield) (loading, error
 	if err != nil {
 		return loading{}, err
 	}
-	err = waitHealthy(ctx, s)
+	err = s.WaitHealthy(ctx)
 	took := time.Since(began)
 	s.Kill()
 	return loading{took.Seconds()}, serverError(err)
-}
-
-func waitHealthy(ctx context.Context, s *llamacpp.Server) error {
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }}
-	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport, Timeout: 5 * time.Second}
-	tick := time.NewTicker(healthEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-s.Done():
-			return s.Err()
-		case <-tick.C:
-		}
-		resp, err := client.Get("http://llama-server/health")
-		if err != nil {
-			continue
-		}
-		resp.Body.Close()
-		if resp.StatusCode == http.StatusOK {
-			return nil
-		}
-	}
 }
 
 // serverError adds the last words of a server that ended by itself.
