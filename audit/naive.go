@@ -15,7 +15,7 @@ var naiveValues = Attack{
 var naiveKeys = Attack{
 	Key: "naive-keys", Title: "nearest layer-0 key, rotary embedding undone", Attacker: A1,
 	Run: func(ctx context.Context, e *Evidence) (*Guess, error) {
-		return nearestTokens(e.Public.K, e.Public.Rotary.keysOf(e.Snapshot), "keys of layer 0"), nil
+		return nearestTokens(e.Public.K, e.Public.Rotary.Undone(e.Snapshot), "keys of layer 0"), nil
 	},
 }
 

@@ -37,8 +37,8 @@ func (r Rotary) undo(row []float32, heads, position int) {
 	}
 }
 
-// keysOf returns the snapshot's keys of layer 0 as they were at position 0.
-func (r Rotary) keysOf(s *Snapshot) Matrix {
+// Undone returns the snapshot's keys of layer 0 as they were at position 0.
+func (r Rotary) Undone(s *Snapshot) Matrix {
 	k := s.Layers[0].K
 	out := Matrix{k.Rows, k.Cols, append([]float32(nil), k.Data...)}
 	for i := range out.Rows {

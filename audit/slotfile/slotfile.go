@@ -1,0 +1,284 @@
+// Package slotfile reads the files into which a llama-server saves a slot (POST /slots/N?action=save): the state format of one
+// sequence, as llama.cpp 0.7.0 writes it.
+//
+// Start with [Read]. All numbers are little-endian; u32 and u64 are unsigned, of 4 and 8 bytes:
+//
+//	magic u32, the bytes "qsgg"; version u32, 4
+//	words u32, then that many words of 4 bytes: either token ids, or −1, 1, the number of tokens, their ids, and the
+//	   number of media chunks, which must be 0
+//	streams u32, 1; cells u32; for each cell its position u32, a count u32 and that many sequence numbers u32
+//	transposed u32, 1 when values are stored by dimension (flash attention off); layers u32
+//	two u32, the block sizes of a Hadamard rotation of keys and of values, 0 for none
+//	for each layer its keys: type u32 (of ggml), bytes of a row u64, a row for each cell
+//	for each layer its values likewise; transposed: type u32, bytes of an element u32, dimensions u32, a row of cells for each
+//	   dimension
+//
+// Limits: one sequence, one cache (a model with sliding windows has two), elements F32, F16, BF16 or Q8_0. Promises: hostile input
+// yields an error, and memory stays within a small multiple of the file.
+package slotfile
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+
+	"github.com/kvshield/kvshield/audit"
+	"github.com/kvshield/kvshield/audit/element"
+	"github.com/kvshield/kvshield/internal/gguf"
+)
+
+// What is wrong with a file, as errors.Is tells.
+var (
+	ErrNotSlotFile = errors.New("not a slot file")
+	ErrTruncated   = errors.New("slot file ends too early")
+	ErrUnsupported = errors.New("slot file of a kind that is not understood")
+	ErrMalformed   = errors.New("malformed slot file")
+)
+
+const (
+	magic    = 0x67677371
+	version  = 4
+	packed   = -1 // first word of a token list with a header of its own
+	maxCells = 1 << 24
+)
+
+// Shape is what a slot file does not tell.
+type Shape struct{ Layers, HeadsKV int }
+
+// File is what a slot file holds.
+type File struct {
+	// Tokens are the token ids, which the file carries in clear: a leak of its own, kept apart so that no attack sees them.
+	Tokens   []int32
+	Snapshot *audit.Snapshot
+}
+
+// Read parses the file at path.
+func Read(path string, shape Shape) (*File, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	f, err := Parse(b, shape)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return f, nil
+}
+
+// Parse parses a whole file.
+func Parse(b []byte, shape Shape) (f *File, err error) {
+	r := &reader{b: b}
+	if len(b) < 8 || r.u32() != magic {
+		return nil, fmt.Errorf("%w: it does not begin with its magic number; save one with POST /slots/0?action=save", ErrNotSlotFile)
+	}
+	if v := r.u32(); v != version {
+		return nil, fmt.Errorf("%w: version %d, this reader knows %d", ErrUnsupported, v, version)
+	}
+	f = &File{Tokens: r.tokens()}
+	positions := r.cells()
+	f.Snapshot = r.state(shape, positions)
+	if r.err == nil && r.at != len(b) {
+		r.fail(ErrUnsupported, "%d bytes follow the cache of %d layers; models with a second cache (sliding windows) are not understood", len(b)-r.at, shape.Layers)
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	return f, nil
+}
+
+// reader keeps the first error; after it every read gives zero.
+type reader struct {
+	b   []byte
+	at  int
+	err error
+}
+
+func (r *reader) fail(kind error, format string, a ...any) {
+	if r.err == nil {
+		r.err = fmt.Errorf("%w: at byte %d: %s", kind, r.at, fmt.Sprintf(format, a...))
+	}
+}
+
+// take returns the next n bytes, nil when there are not so many.
+func (r *reader) take(n uint64) []byte {
+	if r.err != nil {
+		return nil
+	}
+	if n > uint64(len(r.b)-r.at) {
+		r.fail(ErrTruncated, "%d bytes are missing; save the slot again", n-uint64(len(r.b)-r.at))
+		return nil
+	}
+	out := r.b[r.at : r.at+int(n)]
+	r.at += int(n)
+	return out
+}
+
+func (r *reader) u32() uint32 {
+	if b := r.take(4); b != nil {
+		return binary.LittleEndian.Uint32(b)
+	}
+	return 0
+}
+
+func (r *reader) u64() uint64 {
+	if b := r.take(8); b != nil {
+		return binary.LittleEndian.Uint64(b)
+	}
+	return 0
+}
+
+func (r *reader) tokens() []int32 {
+	raw := r.take(4 * uint64(r.u32()))
+	words := make([]int32, len(raw)/4)
+	for i := range words {
+		words[i] = int32(binary.LittleEndian.Uint32(raw[4*i:]))
+	}
+	if len(words) == 0 || words[0] != packed {
+		return words
+	}
+	switch {
+	case len(words) < 4 || words[1] != 1:
+		r.fail(ErrUnsupported, "a token list of another version")
+	case words[2] < 0 || int64(words[2]) > int64(len(words)-4):
+		r.fail(ErrMalformed, "%d tokens in a list of %d words", words[2], len(words))
+	case words[3+words[2]] != 0:
+		r.fail(ErrUnsupported, "the conversation holds images or sound")
+	default:
+		return words[3 : 3+words[2]]
+	}
+	return nil
+}
+
+func (r *reader) cells() []int32 {
+	if streams := r.u32(); r.err == nil && streams != 1 {
+		r.fail(ErrUnsupported, "%d streams where a slot has one", streams)
+	}
+	n := r.u32()
+	if r.err == nil && (n > maxCells || uint64(n)*8 > uint64(len(r.b)-r.at)) {
+		r.fail(ErrTruncated, "%d cells do not fit", n)
+	}
+	if r.err != nil {
+		return nil
+	}
+	positions := make([]int32, n)
+	for i := range positions {
+		positions[i] = int32(r.u32())
+		r.take(4 * uint64(r.u32()))
+	}
+	return positions
+}
+
+func (r *reader) state(shape Shape, positions []int32) *audit.Snapshot {
+	transposed, layers := r.u32(), r.u32()
+	rotatedK, rotatedV := r.u32(), r.u32()
+	switch {
+	case r.err != nil:
+		return nil
+	case transposed > 1:
+		r.fail(ErrMalformed, "the flag for transposed values is %d", transposed)
+	case int64(layers) != int64(shape.Layers) || shape.HeadsKV < 1:
+		r.fail(ErrUnsupported, "a cache of %d layers where the model has %d of %d heads", layers, shape.Layers, shape.HeadsKV)
+	}
+	s := &audit.Snapshot{Source: audit.SlotFile, HeadsKV: shape.HeadsKV, Positions: positions}
+	for range shape.Layers {
+		if r.err != nil {
+			return nil
+		}
+		k, kind := r.matrix(len(positions), rotatedK)
+		s.Layers, s.Type = append(s.Layers, audit.Layer{K: k}), kind
+	}
+	for i := range s.Layers {
+		if transposed == 1 {
+			s.Layers[i].V = r.transposed(len(positions), rotatedV)
+		} else {
+			s.Layers[i].V, _ = r.matrix(len(positions), rotatedV)
+		}
+	}
+	if r.err == nil {
+		if err := s.Check(); err != nil {
+			r.fail(ErrMalformed, "%v", err)
+		}
+	}
+	return s
+}
+
+// matrix reads type, bytes of a row, and rows.
+func (r *reader) matrix(rows int, rotated uint32) (audit.Matrix, string) {
+	t, size := gguf.Type(r.u32()), r.u64()
+	elements, bytes, known := t.Block()
+	switch {
+	case r.err != nil:
+		return audit.Matrix{}, ""
+	case !known || !element.Known(t):
+		r.fail(ErrUnsupported, "elements of type %v; use a cache of F32, F16, BF16 or Q8_0", t)
+	case size == 0 || size%uint64(bytes) != 0 || size > math.MaxInt32:
+		r.fail(ErrMalformed, "rows of %d bytes of type %v", size, t)
+	}
+	raw := r.take(size * uint64(rows)) // both below 2³¹
+	if r.err != nil {
+		return audit.Matrix{}, ""
+	}
+	m := audit.NewMatrix(rows, int(size)/int(bytes)*int(elements))
+	element.Floats(m.Data, t, raw)
+	r.unrotate(m, rotated)
+	return m, t.String()
+}
+
+// transposed reads type, bytes of an element, number of dimensions, and a row of cells for each.
+func (r *reader) transposed(cells int, rotated uint32) audit.Matrix {
+	t, size, dims := gguf.Type(r.u32()), r.u32(), r.u32()
+	elements, bytes, known := t.Block()
+	switch {
+	case r.err != nil:
+		return audit.Matrix{}
+	case !known || !element.Known(t) || elements != 1:
+		r.fail(ErrUnsupported, "transposed values of type %v", t)
+	case uint64(size) != uint64(bytes) || dims == 0 || dims > maxCells:
+		r.fail(ErrMalformed, "%d dimensions of %d bytes of type %v", dims, size, t)
+	}
+	raw := r.take(uint64(size) * uint64(dims) * uint64(cells)) // below 2²·2²⁴·2²⁴
+	if r.err != nil {
+		return audit.Matrix{}
+	}
+	flat := make([]float32, int(dims)*cells)
+	element.Floats(flat, t, raw)
+	m := audit.NewMatrix(cells, int(dims))
+	for d := range int(dims) {
+		for c := range cells {
+			m.Data[c*m.Cols+d] = flat[d*cells+c]
+		}
+	}
+	r.unrotate(m, rotated)
+	return m
+}
+
+// unrotate takes back the Hadamard rotation that engines apply to quantised caches: its matrix is public, and its own inverse.
+func (r *reader) unrotate(m audit.Matrix, block uint32) {
+	switch {
+	case block == 0:
+		return
+	case block&(block-1) != 0 || int64(block) > int64(m.Cols) || m.Cols%int(block) != 0:
+		r.fail(ErrMalformed, "a rotation of blocks of %d in rows of %d", block, m.Cols)
+		return
+	}
+	scale := float32(1 / math.Sqrt(float64(block)))
+	for at := 0; at < len(m.Data); at += int(block) {
+		hadamard(m.Data[at:at+int(block)], scale)
+	}
+}
+
+// hadamard multiplies with Sylvester's matrix.
+func hadamard(x []float32, scale float32) {
+	for half := 1; half < len(x); half *= 2 {
+		for i := 0; i < len(x); i += 2 * half {
+			for j := i; j < i+half; j++ {
+				x[j], x[j+half] = x[j]+x[j+half], x[j]-x[j+half]
+			}
+		}
+	}
+	for i := range x {
+		x[i] *= scale
+	}
+}
