@@ -63,6 +63,7 @@ preloaded into it, and its answers stay what they were.
 Start with:
   kvshield serve -m MODEL.gguf            a shielded llama-server behind an OpenAI-compatible address
   kvshield run -- llama-cli -m MODEL.gguf any program that uses libllama, its children included
+  kvshield audit -m MODEL.gguf            attack the KV cache, report what was recovered
   kvshield doctor MODEL.gguf              what is installed here and what would work
 
 Every flag can be set in the environment: --data-plane is KVSHIELD_DATA_PLANE.`,
@@ -82,7 +83,7 @@ Every flag can be set in the environment: --data-plane is KVSHIELD_DATA_PLANE.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usagef("%v; see `%s --help`", err, cmd.CommandPath())
 	})
-	root.AddCommand(newServe(), newRun(), newAttest(), newDoctor(), newBench())
+	root.AddCommand(newServe(), newRun(), newAttest(), newDoctor(), newBench(), newAudit())
 	return root
 }
 

@@ -34,8 +34,14 @@ type options struct {
 }
 
 func (o *options) register(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&o.mode, "mode", modePermute, "what the accelerator's cache holds: permute (stops an attacker who does not expect it; see docs/threat-model.md) or off (in clear)")
+	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{modePermute, modeOff}, cobra.ShellCompDirectiveNoFileComp))
+	o.registerShield(cmd)
+}
+
+// registerShield are the flags that do not depend on the mode.
+func (o *options) registerShield(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&o.mode, "mode", modePermute, "what the accelerator's cache holds: permute (stops an attacker who does not expect it; see docs/threat-model.md) or off (in clear)")
 	f.StringVar(&o.tee, "tee", "auto", "what protects the enclave: sgx, software (no hardware protection), or auto")
 	f.StringVar(&o.enclave, "enclave", "", "the enclave's program (default: kvshield-enclave beside this command)")
 	f.StringVar(&o.hook, "hook", "", "the hook library (default: libkvshield.so beside this command)")
@@ -44,19 +50,20 @@ func (o *options) register(cmd *cobra.Command) {
 	f.StringVar(&o.spin, "spin", "auto", "how long each end of the data plane spins before it sleeps, such as 20us (auto: 0 on few cores)")
 	f.DurationVar(&o.timeout, "enclave-timeout", 10*time.Second, "how long an engine waits for the enclave before it is ended")
 	f.StringVar(&o.logLevel, "log-level", "warn", "debug, info, warn or error")
-	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{modePermute, modeOff}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("tee", cobra.FixedCompletions([]string{"auto", "sgx", "software"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("data-plane", cobra.FixedCompletions([]string{"shm", "socket"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
-func (o *options) checkMode() error {
-	switch o.mode {
+func (o *options) checkMode() error { return checkMode(o.mode) }
+
+func checkMode(mode string) error {
+	switch mode {
 	case modePermute, modeOff:
 		return nil
 	case "resident":
 		return usagef("mode resident is not in this version; use --mode permute or --mode off")
 	}
-	return usagef("there is no mode %q; use --mode permute or --mode off", o.mode)
+	return usagef("there is no mode %q; use --mode permute or --mode off", mode)
 }
 
 // logger writes text lines to standard error.

@@ -1,0 +1,116 @@
+package play
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/kvshield/kvshield/audit"
+	"github.com/kvshield/kvshield/audit/slotfile"
+)
+
+// evidence is what was taken from one mode's engine.
+type evidence struct {
+	mode, tee string
+	snapshots []*audit.Snapshot
+	other     *audit.Snapshot
+	truth     []int32
+	pieces    []string
+	weights   [][]byte // rows of layer 0's value matrix in the engine's memory
+	clear     []string
+	notes     []string
+}
+
+// take plays both conversations on an engine of one mode and takes the snapshots.
+func (p *player) take(ctx context.Context, mode string) (*evidence, error) {
+	e := &evidence{mode: mode}
+	env := os.Environ()
+	if mode != ModeOff {
+		if p.NewShield == nil {
+			return nil, errNoShield
+		}
+		shield, tee, err := p.NewShield(mode)
+		if err != nil {
+			return nil, err
+		}
+		defer shield.Close()
+		e.tee, env = tee, shield.Environment(env)
+	}
+	dir, err := p.scratch()
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	done := p.Progress(fmt.Sprintf("mode %s: starting the engine", mode))
+	c, err := launch(ctx, p.config(env), dir)
+	done()
+	if err != nil {
+		return nil, err
+	}
+	defer c.close()
+	if p.engine == "" {
+		p.engine = c.version(ctx)
+	}
+	return e, p.snap(ctx, c, e)
+}
+
+func (c *client) version(ctx context.Context) string {
+	var props struct {
+		BuildInfo string `json:"build_info"`
+	}
+	if c.get(ctx, "/props", &props) != nil || props.BuildInfo == "" {
+		return "llama-server"
+	}
+	return "llama-server " + props.BuildInfo
+}
+
+func (p *player) snap(ctx context.Context, c *client, e *evidence) error {
+	room := p.context - 8
+	done := p.Progress(fmt.Sprintf("mode %s: playing another conversation, for the control", e.mode))
+	_, _, err := c.say(ctx, other(), room)
+	done()
+	if err != nil {
+		return err
+	}
+	control, err := c.slot(ctx, p.shape)
+	if err != nil {
+		return err
+	}
+	e.other = control.Snapshot
+
+	done = p.Progress(fmt.Sprintf("mode %s: playing the conversation", e.mode))
+	said, cut, err := c.say(ctx, p.Talk, room)
+	done()
+	if err != nil {
+		return err
+	}
+	if cut {
+		e.notes = append(e.notes, fmt.Sprintf("the conversation is longer than the context of %d tokens and was cut", p.context))
+	}
+	f, err := c.slot(ctx, p.shape)
+	if err != nil {
+		return err
+	}
+	n := min(len(said), f.Snapshot.Tokens())
+	e.truth, e.snapshots = said[:n], []*audit.Snapshot{f.Snapshot.First(n)}
+	if e.pieces, err = c.pieces(ctx, e.truth); err != nil {
+		return err
+	}
+	e.clear = append(e.clear, inClear(f, e.truth))
+	if p.publicRows, err = publicWeights(p.Model); err != nil {
+		return err
+	}
+	e.weights, err = weightsInMemory(ctx, c.server.PID(), p.publicRows)
+	return err
+}
+
+// inClear says which tokens the slot file carries beside the cache.
+func inClear(f *slotfile.File, truth []int32) string {
+	same := 0
+	for i, t := range truth {
+		if i < len(f.Tokens) && f.Tokens[i] == t {
+			same++
+		}
+	}
+	return fmt.Sprintf("the slot file carries %d of %d token ids in clear, beside the cache", same, len(truth))
+}
