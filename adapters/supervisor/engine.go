@@ -35,6 +35,10 @@ func (e *engine) statistics() dataplane.Statistics {
 
 // Hello implements session.Handler.
 func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello) (session.Welcome, *os.File, error) {
+	if s.cfg.Observe {
+		s.adopt(p, &engine{pid: p.PID})
+		return s.welcome(), nil, nil
+	}
 	c, err := s.client()
 	if err != nil {
 		return session.Welcome{}, nil, err
@@ -50,8 +54,12 @@ func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello
 		return session.Welcome{}, nil, err
 	}
 	s.cfg.Log.Debug("an engine said hello", "pid", p.PID, "ggml", h.Version)
-	return session.Welcome{Transport: s.cfg.Transport, Capacity: s.cfg.Capacity,
-		SpinMicro: uint32(s.cfg.Spin.Microseconds()), TimeoutMS: uint32(s.cfg.Timeout.Milliseconds())}, file, nil
+	return s.welcome(), file, nil
+}
+
+func (s *Supervisor) welcome() session.Welcome {
+	return session.Welcome{Transport: s.cfg.Transport, Capacity: s.cfg.Capacity, SpinMicro: uint32(s.cfg.Spin.Microseconds()),
+		TimeoutMS: uint32(s.cfg.Timeout.Milliseconds()), Dumps: s.cfg.Audit, Observe: s.cfg.Observe}
 }
 
 // adopt is false when the enclave died meanwhile: the engines that it had were already told to end.
@@ -124,7 +132,12 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 	if e == nil {
 		return session.Opened{}, nil, errors.New("said no hello")
 	}
-	opened, file, err := e.open(ctx, path, model)
+	var opened session.Opened
+	var file *os.File
+	var err error
+	if !s.cfg.Observe {
+		opened, file, err = e.open(ctx, path, model)
+	}
 	s.mu.Lock()
 	switch {
 	case err != nil:

@@ -36,6 +36,9 @@ type Config struct {
 	Spin      time.Duration     // how long each end spins before it sleeps
 	Timeout   time.Duration     // how long an engine waits for the enclave before it ends; zero: 10 s
 	Log       *slog.Logger
+	// Audit lets [Supervisor.Dump] read the engines' memory through their hooks. With Observe nothing is shielded either: no
+	// enclave is started, and the engines run as stock ones. For package audit; nothing else sets them.
+	Audit, Observe bool
 	// EnclaveLost is called when the enclave died, after the engines were told to end; EnclaveBack when another
 	// one answers. Either may be nil.
 	EnclaveLost, EnclaveBack func()
@@ -89,6 +92,9 @@ func New(ctx context.Context, cfg Config) (*Supervisor, error) {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = 10 * time.Second
 	}
+	if cfg.Observe && !cfg.Audit {
+		return nil, errors.New("a run that is not shielded can be observed only in an audit")
+	}
 	if _, err := os.Stat(cfg.Hook); err != nil {
 		return nil, fmt.Errorf("the hook library %s is missing; build it with `make build`, or name it with --hook", cfg.Hook)
 	}
@@ -116,21 +122,23 @@ func (s *Supervisor) begin() error {
 	if err := os.Symlink(absolute, s.hook); err != nil {
 		return err
 	}
-	if s.enclave, err = plugin.Start(s.enclaveOptions()); err != nil {
-		return err
+	if !s.cfg.Observe {
+		if s.enclave, err = plugin.Start(s.enclaveOptions()); err != nil {
+			return err
+		}
 	}
 	if s.server, err = session.Listen(s.dir.Path("session.sock"), s); err != nil {
-		s.enclave.Close()
+		if s.enclave != nil {
+			s.enclave.Close()
+		}
 		return err
 	}
-	s.wg.Add(2)
-	go func() { defer s.wg.Done(); s.keepEnclave() }()
-	go func() {
-		defer s.wg.Done()
+	s.wg.Go(s.keepEnclave)
+	s.wg.Go(func() {
 		if err := s.server.Serve(s.ctx); err != nil {
 			s.cfg.Log.Error("session socket failed", "error", err)
 		}
-	}()
+	})
 	return nil
 }
 

@@ -115,9 +115,7 @@ static bool touches_cache(const struct kvs_ggml *g, const struct ggml_tensor *no
         const struct ggml_tensor *src = kvs_src(g, node, i);
         if (!src)
             break;
-        const struct ggml_tensor *base = kvs_view_src(g, src);
-        const char *name = kvs_name(g, base ? base : src);
-        if (memcmp(name, "cache_k_l", 9) == 0 || memcmp(name, "cache_v_l", 9) == 0)
+        if (kvs_is_cache(kvs_name(g, kvs_base(g, src))))
             return true;
     }
     return false;
@@ -266,7 +264,11 @@ static bool evaluate(struct ggml_tensor *t, bool ask, void *user)
 int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
 {
     struct sched_state *s = state_of(g, sched);
-    scan(s, graph);
+    if (kvs_session_observes())
+        s->count = 0;
+    else
+        scan(s, graph);
+    kvs_dump(g, sched, graph);
     if (s->count == 0) {
         g->set_eval_callback(sched, s->host, s->host_user);
         return g->graph_compute_async(sched, graph);

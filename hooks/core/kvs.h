@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 
 #define KVS_HIDDEN __attribute__((visibility("hidden")))
 
@@ -41,11 +42,15 @@ struct kvs_layout {
     size_t rope_base; /* of a ROPE node: the base of its frequencies among its parameters */
 };
 
+struct kvs_backend;
+
 /* One ggml library in this process: its functions and its tensor layout. */
 struct kvs_ggml {
     const void *caller; /* load address of the library that called us */
     bool is_llama;      /* the caller is libllama, so a GGUF it opens is a model */
     struct kvs_layout layout;
+    struct kvs_backend *backend; /* dump.c's; NULL until a dump is made */
+    void *(*find)(const struct kvs_ggml *, const char *name); /* another function of this ggml, or NULL */
     const char *(*version)(void);
     struct ggml_context *(*init)(struct kvs_ggml_init_params);
     void (*free)(struct ggml_context *);
@@ -71,6 +76,7 @@ struct kvs_ggml {
 };
 
 #define KVS_GGML_TYPE_F32 0
+#define KVS_GGML_TYPE_I8 24
 #define KVS_GGML_TYPE_I32 26
 #define KVS_GGML_STATUS_SUCCESS 0
 
@@ -107,8 +113,22 @@ static inline struct kvs_rope kvs_rope_of(const struct kvs_ggml *g, const struct
                              *(const float *)(const void *)(base + 8)};
 }
 
+/* The tensor whose memory this one uses: its own, or that of what it is a view of. */
+static inline const struct ggml_tensor *kvs_base(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    const struct ggml_tensor *base = kvs_view_src(g, t);
+    return base ? base : t;
+}
+static inline bool kvs_is_cache(const char *name)
+{
+    return strncmp(name, "cache_k_l", 9) == 0 || strncmp(name, "cache_v_l", 9) == 0;
+}
+
 /* layout.c: fills g->layout by building a small graph; false when the layout is not understood. */
 KVS_HIDDEN bool kvs_layout_find(struct kvs_ggml *g);
+/* The offset of the member in which `t`, and not `without`, points to `pointer`; (size_t)-1 when there is none. */
+KVS_HIDDEN size_t kvs_layout_pointer(const struct kvs_ggml *g, const struct ggml_tensor *t,
+                                     const struct ggml_tensor *without, const void *pointer);
 
 /* fatal.c */
 KVS_HIDDEN _Noreturn void kvs_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -120,6 +140,10 @@ KVS_HIDDEN void kvs_say(const char *format, ...) __attribute__((format(printf, 1
 struct kvs_welcome {
     uint32_t transport, capacity, spin_us, timeout_ms;
     int fd;
+};
+struct kvs_dump_request {
+    uint32_t number;
+    int fd; /* a regular file: writing to it never waits for a reader, nor raises SIGPIPE */
 };
 /* Bytes of the shielded model that are the original's: whole pages, in the order of `to`. */
 struct kvs_range {
@@ -141,6 +165,13 @@ enum { KVS_ACTION_REFUSE = 0, KVS_ACTION_SHIELD = 1, KVS_ACTION_PASS = 2 };
 KVS_HIDDEN void kvs_session_begin(const char *engine_version);
 KVS_HIDDEN void kvs_session_open(const char *path, int fd, struct kvs_opened *out);
 KVS_HIDDEN void kvs_session_last_words(const char *message); /* best effort, before the end */
+/* Whether this process runs as without kvshield, and the hook only looks. Known once the session has begun. */
+KVS_HIDDEN bool kvs_session_observes(void);
+KVS_HIDDEN bool kvs_session_dump_wanted(void);
+/* Takes the request over; its descriptor is then the caller's, who answers it. */
+KVS_HIDDEN bool kvs_session_take_dump(struct kvs_dump_request *out);
+/* `refusal` is why there is no dump, NULL when it is complete. */
+KVS_HIDDEN void kvs_session_dumped(uint32_t number, const char *refusal);
 
 /* channel.c: the data plane. */
 struct kvs_frame {
@@ -185,6 +216,9 @@ KVS_HIDDEN int kvs_overlay_fileno(FILE *file); /* -1 for a stream that is not on
 /* state.c: files that hold a saved cache. */
 KVS_HIDDEN void kvs_state_saved(const char *path);
 KVS_HIDDEN bool kvs_state_may_load(const char *path);
+
+/* dump.c: writes the cache and its surroundings where the supervisor wants it, if it has asked and the graph is one with attention. */
+KVS_HIDDEN void kvs_dump(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
 
 /* graph.c: entry points for the interposer. */
 KVS_HIDDEN int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);

@@ -92,3 +92,13 @@ bool kvs_layout_find(struct kvs_ggml *g)
     g->free(ctx);
     return ok;
 }
+
+size_t kvs_layout_pointer(const struct kvs_ggml *g, const struct ggml_tensor *t, const struct ggml_tensor *without,
+                          const void *pointer)
+{
+    size_t at = find(t, g->layout.name, &pointer, sizeof pointer, 0);
+    if (at == NOT_FOUND || find(t, g->layout.name, &pointer, sizeof pointer, at + sizeof pointer) != NOT_FOUND ||
+        find(without, g->layout.name, &pointer, sizeof pointer, 0) != NOT_FOUND)
+        return NOT_FOUND;
+    return at;
+}

@@ -11,14 +11,18 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #define MAGIC 0x5353564bu /* "KVSS" */
-#define VERSION 1
+#define VERSION 2
 #define MESSAGE_MAX 8192
 
-enum { HELLO = 1, WELCOME, OPEN, OPENED, REFUSED, FATAL, STOP };
+#define REFUSAL_MAX 512
+
+enum { HELLO = 1, WELCOME, OPEN, OPENED, REFUSED, FATAL, STOP, DUMP, DUMPED };
+enum { MAY_DUMP = 1, OBSERVE = 2 }; /* flags of WELCOME */
 
 struct header {
     uint32_t magic;
@@ -40,6 +44,9 @@ static struct {
     pthread_cond_t arrived;
     bool have_reply;
     struct message reply;
+    uint32_t flags;
+    bool dump_wanted;
+    struct kvs_dump_request dump;
 } session = {.fd = -1,
              .request = PTHREAD_MUTEX_INITIALIZER,
              .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -97,6 +104,84 @@ static bool receive_message(int fd, struct message *out)
     return true;
 }
 
+static uint32_t u32(const struct message *m, size_t index)
+{
+    uint32_t v;
+    if ((index + 1) * sizeof v > m->h.length)
+        kvs_die("the supervisor's message %u is too short", m->h.type);
+    memcpy(&v, m->body + index * sizeof v, sizeof v);
+    return v;
+}
+
+static void close_fd(int fd)
+{
+    if (fd >= 0)
+        close(fd);
+}
+
+/* Keeps the request for the thread that computes the next graph. */
+static void want_dump(const struct message *m)
+{
+    struct kvs_dump_request r = {u32(m, 0), m->fd};
+    struct stat st;
+    const char *refusal = NULL;
+    if (!(session.flags & MAY_DUMP))
+        refusal = "dumps are not allowed in this run; only `kvshield audit` allows them";
+    else if (r.fd < 0 || fstat(r.fd, &st) != 0 || !S_ISREG(st.st_mode))
+        refusal = "a dump goes to a regular file and nowhere else";
+    if (refusal) {
+        kvs_say("a dump of this engine was asked for: %s", refusal);
+        close_fd(r.fd);
+        kvs_session_dumped(r.number, refusal);
+        return;
+    }
+    struct kvs_dump_request old;
+    pthread_mutex_lock(&session.lock);
+    bool replaced = session.dump_wanted;
+    old = session.dump;
+    session.dump = r;
+    session.dump_wanted = true;
+    pthread_mutex_unlock(&session.lock);
+    if (replaced) {
+        close_fd(old.fd);
+        kvs_session_dumped(old.number, "another one was asked for before the engine computed");
+    }
+}
+
+bool kvs_session_dump_wanted(void)
+{
+    pthread_mutex_lock(&session.lock);
+    bool wanted = session.dump_wanted;
+    pthread_mutex_unlock(&session.lock);
+    return wanted;
+}
+
+bool kvs_session_take_dump(struct kvs_dump_request *out)
+{
+    pthread_mutex_lock(&session.lock);
+    bool taken = session.dump_wanted;
+    *out = session.dump;
+    session.dump_wanted = false;
+    pthread_mutex_unlock(&session.lock);
+    return taken;
+}
+
+/* DUMPED: number, status, and the reason of a refusal. Nobody has to wait for it: a full socket loses it. */
+void kvs_session_dumped(uint32_t number, const char *refusal)
+{
+    uint32_t head[2] = {number, refusal ? 1 : 0};
+    uint8_t body[sizeof head + REFUSAL_MAX];
+    size_t n = refusal ? strnlen(refusal, REFUSAL_MAX) : 0;
+    memcpy(body, head, sizeof head);
+    memcpy(body + sizeof head, refusal ? refusal : "", n);
+    send_message(session.fd, DUMPED, body, sizeof head + n, -1, MSG_DONTWAIT);
+}
+
+bool kvs_session_observes(void)
+{
+    return session.flags & OBSERVE;
+}
+
 static void *reader(void *arg)
 {
     (void)arg;
@@ -107,8 +192,14 @@ static void *reader(void *arg)
             kvs_die("%.*s", (int)m.h.length, (const char *)m.body);
         if (m.h.type == REFUSED && !welcome) /* said here: the supervisor hangs up next */
             kvs_die("refused: %.*s", (int)m.h.length, (const char *)m.body);
+        if (m.h.type == DUMP) {
+            want_dump(&m);
+            continue;
+        }
         welcome = true;
         pthread_mutex_lock(&session.lock);
+        if (m.h.type == WELCOME) /* known here before a DUMP that follows */
+            session.flags = u32(&m, 4);
         session.reply = m;
         session.have_reply = true;
         pthread_cond_signal(&session.arrived);
@@ -171,15 +262,6 @@ static struct message *new_message(void)
     return m;
 }
 
-static uint32_t u32(const struct message *m, size_t index)
-{
-    uint32_t v;
-    if ((index + 1) * sizeof v > m->h.length)
-        kvs_die("the supervisor's message %u is too short", m->h.type);
-    memcpy(&v, m->body + index * sizeof v, sizeof v);
-    return v;
-}
-
 void kvs_session_begin(const char *engine_version)
 {
     static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
@@ -199,11 +281,14 @@ void kvs_session_begin(const char *engine_version)
 
         struct message *m = new_message();
         ask(HELLO, body, sizeof pid + n, -1, m);
-        if (m->h.type != WELCOME || m->fd < 0)
+        if (m->h.type != WELCOME || (m->fd < 0 && !kvs_session_observes()))
             kvs_die("the supervisor answered a hello with message %u", m->h.type);
         struct kvs_welcome w = {u32(m, 0), u32(m, 1), u32(m, 2), u32(m, 3), m->fd};
         free(m);
-        kvs_channel_attach(&w);
+        if (kvs_session_observes())
+            close_fd(w.fd);
+        else
+            kvs_channel_attach(&w);
     }
     pthread_mutex_unlock(&once);
 }
@@ -249,6 +334,8 @@ void kvs_session_open(const char *path, int fd, struct kvs_opened *out)
     ask(OPEN, path, n, fd, m);
     if (m->h.type == OPENED) {
         decode_opened(m, out);
+        if (out->action == KVS_ACTION_SHIELD && kvs_session_observes())
+            kvs_die("the supervisor shielded a model that is only to be observed");
     } else if (m->h.type == REFUSED) {
         size_t len = m->h.length < sizeof out->refusal ? m->h.length : sizeof out->refusal - 1;
         memcpy(out->refusal, m->body, len);

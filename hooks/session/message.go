@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the session socket's messages.
-const Version = 1
+const Version = 2
 
 const (
 	magic      = 0x5353564b // "KVSS"
@@ -32,6 +32,8 @@ const (
 	typeRefused Type = 5
 	typeFatal   Type = 6
 	typeStop    Type = 7
+	typeDump    Type = 8
+	typeDumped  Type = 9
 )
 
 // Transport of the data plane.
@@ -56,13 +58,20 @@ type Hello struct {
 }
 
 // Welcome tells a hook how to reach the enclave. A file descriptor comes along: the shared memory, or a
-// connected socket.
+// connected socket; none where the hook only observes.
 type Welcome struct {
 	Transport Transport
 	Capacity  uint32 // payload bytes of a frame, at most
 	SpinMicro uint32 // how long the hook spins before it sleeps, µs
 	TimeoutMS uint32 // how long the hook waits for an answer before it ends its process, ms
+	Dumps     bool   // the hook obeys [Peer.Dump]; else it refuses
+	Observe   bool   // graphs run as in a stock engine: nothing is shielded
 }
+
+const (
+	flagDumps   = 1 << 0
+	flagObserve = 1 << 1
+)
 
 // Range is a run of whole pages of a shielded model that the hook takes from the original.
 type Range struct{ From, To, Length uint64 }
@@ -130,12 +139,20 @@ func decodeHello(body []byte) (Hello, error) {
 }
 
 func (w Welcome) encode() []byte {
-	b := make([]byte, 16)
+	b := make([]byte, 20)
 	le := binary.LittleEndian
+	var flags uint32
+	if w.Dumps {
+		flags |= flagDumps
+	}
+	if w.Observe {
+		flags |= flagObserve
+	}
 	le.PutUint32(b[0:], uint32(w.Transport))
 	le.PutUint32(b[4:], w.Capacity)
 	le.PutUint32(b[8:], w.SpinMicro)
 	le.PutUint32(b[12:], w.TimeoutMS)
+	le.PutUint32(b[16:], flags)
 	return encode(typeWelcome, b)
 }
 

@@ -19,6 +19,7 @@ type Peer struct {
 	conn  *net.UnixConn
 	send  sync.Mutex
 	ended bool // said its last words
+	dumps dumps
 }
 
 func (p *Peer) refuse(err error) error { return p.write(text(typeRefused, err.Error()), nil) }

@@ -17,7 +17,7 @@ import (
 // Handler is what the supervisor does for engine processes. Its methods are called for one peer in sequence,
 // for several peers at once.
 type Handler interface {
-	// Hello returns the way to the enclave. The file is sent to the peer and then closed.
+	// Hello returns the way to the enclave. The file, if any, is sent to the peer and then closed.
 	Hello(ctx context.Context, p *Peer, h Hello) (Welcome, *os.File, error)
 	// Open is asked before a process opens a model. The file is the process's own, opened for reading; it is
 	// closed by the caller. The file returned, if any, is sent to the peer and then closed. An error is a refusal.
@@ -155,8 +155,11 @@ func (s *Server) attend(ctx context.Context, p *Peer) error {
 		return err
 	}
 	defer s.handler.Gone(p)
+	defer p.dumps.end()
 	err = p.write(welcome.encode(), file)
-	file.Close()
+	if file != nil {
+		file.Close()
+	}
 	for err == nil {
 		err = s.next(ctx, p)
 	}
@@ -221,6 +224,8 @@ func (s *Server) next(ctx context.Context, p *Peer) error {
 		p.ended = true
 		s.handler.Fatal(p, string(body))
 		return nil
+	case typeDumped:
+		return p.dumps.answer(body)
 	}
 	return malformed("type %d from a hook", t)
 }

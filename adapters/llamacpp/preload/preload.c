@@ -83,6 +83,14 @@ static bool is_llama(void *handle, const void *base)
     return load && dladdr(load, &at) && at.dli_fbase == base;
 }
 
+/* Functions that only some features need: an engine that lacks one runs shielded nevertheless. */
+static void *find_function(const struct kvs_ggml *g, const char *name)
+{
+    Dl_info at;
+    void *handle = dladdr(g->caller, &at) ? dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    return look_up(handle, name, NULL, false);
+}
+
 /* The ggml that the code at `address` uses. Looked up once for each library that calls. */
 static struct kvs_ggml *ggml_of(const void *address)
 {
@@ -101,6 +109,7 @@ static struct kvs_ggml *ggml_of(const void *address)
         g = &callers[count];
         resolve(g, handle);
         g->caller = at.dli_fbase;
+        g->find = find_function;
         g->is_llama = is_llama(handle, at.dli_fbase);
         if (!kvs_layout_find(g))
             kvs_die("the tensor layout of this engine's ggml (%s) is not one that kvshield understands", g->version());

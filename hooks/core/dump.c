@@ -1,0 +1,281 @@
+/*
+ * A dump of what an engine's memory holds, for `kvshield audit`: the KV cache, layer 0's attention weights as they lie there,
+ * and the compute buffers as the last graph left them. Read through ggml's own functions, so from any device. The supervisor
+ * must have allowed dumps at the hello. The format: docs/protocol.md, section 5.
+ */
+#include "kvs.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MAGIC 0x4453564bu /* "KVSD" */
+#define VERSION 1
+#define CHUNK ((size_t)16 << 20)
+#define BUFFERS_MAX 64
+#define TENSORS_MAX 4096
+
+enum { END = 0, CACHE = 1, WEIGHT = 2, BUFFER = 3 };
+enum { TRANSPOSED = 1 };
+
+struct dump_header {
+    uint32_t magic, version, flags, reserved;
+};
+
+struct record {
+    uint32_t kind, type;
+    int64_t ne[4];
+    uint64_t bytes; /* that follow; 0 where they cannot be read */
+    char name[64];
+    uint64_t reserved[2];
+};
+
+struct ggml_backend_buffer;
+
+/* Functions that nothing but a dump needs, and where a tensor names its buffer. */
+struct kvs_backend {
+    const char *missing; /* why there can be no dump; NULL when there can */
+    void *(*get_base)(struct ggml_backend_buffer *);
+    size_t (*get_size)(struct ggml_backend_buffer *);
+    const char *(*get_name)(struct ggml_backend_buffer *);
+    bool (*is_host)(struct ggml_backend_buffer *);
+    int (*tensor_alloc)(struct ggml_backend_buffer *, struct ggml_tensor *, void *);
+    struct ggml_backend_buffer *(*alloc_buffer)(void *, size_t);
+    void (*free_buffer)(struct ggml_backend_buffer *);
+    void *(*cpu_type)(void);
+    void (*synchronize)(void *);
+    size_t buffer; /* offset of the member */
+};
+
+/* One dump in progress. */
+struct dump {
+    struct kvs_ggml *g;
+    int fd;
+    bool failed;
+    uint8_t *chunk;
+    struct ggml_context *ctx; /* of the tensors that are laid over whole buffers */
+    const struct ggml_tensor *tensors[TENSORS_MAX];
+    size_t count;
+    struct ggml_backend_buffer *buffers[BUFFERS_MAX];
+    size_t buffer_count;
+    bool flash;
+};
+
+static bool probe_buffer(struct kvs_ggml *g, struct kvs_backend *b, struct ggml_context *ctx)
+{
+    struct ggml_tensor *placed = g->new_tensor_2d(ctx, KVS_GGML_TYPE_I8, 64, 1);
+    struct ggml_tensor *other = g->new_tensor_2d(ctx, KVS_GGML_TYPE_I8, 64, 1);
+    struct ggml_backend_buffer *buffer = placed && other ? b->alloc_buffer(b->cpu_type(), 4096) : NULL;
+    if (!buffer)
+        return false;
+    b->tensor_alloc(buffer, placed, b->get_base(buffer));
+    b->buffer = kvs_layout_pointer(g, placed, other, buffer);
+    b->free_buffer(buffer);
+    return b->buffer != (size_t)-1;
+}
+
+static void resolve(struct kvs_ggml *g, struct kvs_backend *b)
+{
+    static const struct {
+        const char *name;
+        size_t member;
+    } functions[] = {
+        {"ggml_backend_buffer_get_base", offsetof(struct kvs_backend, get_base)},
+        {"ggml_backend_buffer_get_size", offsetof(struct kvs_backend, get_size)},
+        {"ggml_backend_buffer_name", offsetof(struct kvs_backend, get_name)},
+        {"ggml_backend_buffer_is_host", offsetof(struct kvs_backend, is_host)},
+        {"ggml_backend_tensor_alloc", offsetof(struct kvs_backend, tensor_alloc)},
+        {"ggml_backend_buft_alloc_buffer", offsetof(struct kvs_backend, alloc_buffer)},
+        {"ggml_backend_buffer_free", offsetof(struct kvs_backend, free_buffer)},
+        {"ggml_backend_cpu_buffer_type", offsetof(struct kvs_backend, cpu_type)},
+        {"ggml_backend_sched_synchronize", offsetof(struct kvs_backend, synchronize)},
+    };
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
+        void *f = g->find ? g->find(g, functions[i].name) : NULL;
+        if (!f)
+            b->missing = "this engine's ggml lacks a function that a dump needs";
+        memcpy((char *)b + functions[i].member, &f, sizeof f);
+    }
+}
+
+/* Dumps are made on the engine's own threads, one at a time: kvs_session_take_dump gives each request to one. */
+static struct kvs_backend *backend_of(struct kvs_ggml *g, struct ggml_context *ctx)
+{
+    if (!g->backend) {
+        struct kvs_backend *b = calloc(1, sizeof *b);
+        if (!b)
+            kvs_die("out of memory");
+        resolve(g, b);
+        if (!b->missing && !probe_buffer(g, b, ctx))
+            b->missing = "a tensor of this engine's ggml does not tell in which buffer it lies";
+        g->backend = b;
+    }
+    return g->backend;
+}
+
+static void put(struct dump *d, const void *data, size_t len)
+{
+    const char *p = data;
+    while (len > 0 && !d->failed) {
+        ssize_t n = write(d->fd, p, len);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0) {
+            d->failed = true;
+            return;
+        }
+        p += n;
+        len -= (size_t)n;
+    }
+}
+
+static struct ggml_backend_buffer *buffer_of(const struct dump *d, const struct ggml_tensor *t)
+{
+    return *(struct ggml_backend_buffer *const *)(const void *)((const char *)t + d->g->backend->buffer);
+}
+
+/* Weights that a CPU backend has rearranged for its kernels cannot be read back. */
+static bool readable(const struct dump *d, struct ggml_backend_buffer *buffer)
+{
+    const struct kvs_backend *b = d->g->backend;
+    if (!buffer)
+        return false;
+    const char *name = b->get_name(buffer);
+    return b->is_host(buffer) || (strncmp(name, "CPU", 3) != 0 && strncmp(name, "AMX", 3) != 0);
+}
+
+static void put_data(struct dump *d, const struct ggml_tensor *t, size_t bytes)
+{
+    for (size_t at = 0; at < bytes && !d->failed; at += CHUNK) {
+        size_t n = bytes - at < CHUNK ? bytes - at : CHUNK;
+        d->g->tensor_get(t, d->chunk, at, n);
+        put(d, d->chunk, n);
+    }
+}
+
+static void put_tensor(struct dump *d, const struct ggml_tensor *t)
+{
+    const char *name = kvs_name(d->g, t);
+    struct record r = {.kind = kvs_is_cache(name) ? CACHE : WEIGHT, .type = (uint32_t)kvs_type(d->g, t)};
+    memcpy(r.ne, kvs_ne(d->g, t), sizeof r.ne);
+    memcpy(r.name, name, strnlen(name, sizeof r.name - 1));
+    if (readable(d, buffer_of(d, t)))
+        r.bytes = d->g->nbytes(t);
+    put(d, &r, sizeof r);
+    put_data(d, t, r.bytes);
+}
+
+static void put_buffer(struct dump *d, struct ggml_backend_buffer *buffer)
+{
+    const struct kvs_backend *b = d->g->backend;
+    struct record r = {.kind = BUFFER, .type = KVS_GGML_TYPE_I8};
+    const char *name = b->get_name(buffer);
+    memcpy(r.name, name, strnlen(name, sizeof r.name - 1));
+    struct ggml_tensor *whole = NULL;
+    if (readable(d, buffer)) {
+        r.ne[0] = (int64_t)b->get_size(buffer);
+        whole = d->g->new_tensor_2d(d->ctx, KVS_GGML_TYPE_I8, r.ne[0], 1);
+        b->tensor_alloc(buffer, whole, b->get_base(buffer));
+        r.bytes = (uint64_t)r.ne[0];
+    }
+    put(d, &r, sizeof r);
+    if (whole)
+        put_data(d, whole, r.bytes);
+}
+
+static bool is_wanted_weight(const char *name)
+{
+    static const char *const names[] = {"blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight",
+                                        "blk.0.attn_qkv.weight"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0)
+            return true;
+    return false;
+}
+
+static void want_tensor(struct dump *d, const struct ggml_tensor *t)
+{
+    const char *name = kvs_name(d->g, t);
+    if (!kvs_is_cache(name) && !is_wanted_weight(name))
+        return;
+    for (size_t i = 0; i < d->count; i++)
+        if (d->tensors[i] == t)
+            return;
+    if (d->count < TENSORS_MAX)
+        d->tensors[d->count++] = t;
+}
+
+static void want_buffer(struct dump *d, const struct ggml_tensor *node)
+{
+    struct ggml_backend_buffer *buffer = buffer_of(d, node);
+    if (!buffer || kvs_view_src(d->g, node))
+        return;
+    for (size_t i = 0; i < d->buffer_count; i++)
+        if (d->buffers[i] == buffer)
+            return;
+    if (d->buffer_count < BUFFERS_MAX)
+        d->buffers[d->buffer_count++] = buffer;
+}
+
+/* Names what there is to dump; false for a graph without a cache. */
+static bool survey(struct dump *d, struct ggml_cgraph *graph)
+{
+    bool cache = false;
+    for (int i = 0, n = d->g->graph_n_nodes(graph); i < n; i++) {
+        struct ggml_tensor *node = d->g->graph_node(graph, i);
+        if (strcmp(d->g->op_desc(node), "FLASH_ATTN_EXT") == 0)
+            d->flash = true;
+        for (int j = 0; j < 4; j++) {
+            const struct ggml_tensor *src = kvs_src(d->g, node, j);
+            if (!src)
+                break;
+            want_tensor(d, kvs_base(d->g, src));
+        }
+    }
+    for (size_t i = 0; i < d->count; i++)
+        cache |= kvs_is_cache(kvs_name(d->g, d->tensors[i]));
+    return cache;
+}
+
+static const char *write_dump(struct dump *d, void *sched, struct ggml_cgraph *graph)
+{
+    const struct kvs_backend *b = backend_of(d->g, d->ctx);
+    if (b->missing)
+        return b->missing;
+    b->synchronize(sched);
+    for (int i = 0, n = d->g->graph_n_nodes(graph); i < n; i++)
+        want_buffer(d, d->g->graph_node(graph, i));
+    struct dump_header h = {MAGIC, VERSION, d->flash ? 0 : TRANSPOSED, 0};
+    struct record end = {.kind = END};
+    put(d, &h, sizeof h);
+    for (size_t i = 0; i < d->count; i++)
+        put_tensor(d, d->tensors[i]);
+    for (size_t i = 0; i < d->buffer_count; i++)
+        put_buffer(d, d->buffers[i]);
+    put(d, &end, sizeof end);
+    return d->failed ? "the dump could not be written to its file" : NULL;
+}
+
+void kvs_dump(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
+{
+    if (!kvs_session_dump_wanted())
+        return;
+    struct dump *d = calloc(1, sizeof *d);
+    if (!d)
+        kvs_die("out of memory");
+    d->g = g;
+    struct kvs_dump_request request;
+    if (survey(d, graph) && kvs_session_take_dump(&request)) {
+        d->fd = request.fd;
+        d->chunk = malloc(CHUNK);
+        d->ctx = g->init((struct kvs_ggml_init_params){(size_t)256 << 10, NULL, true});
+        if (!d->chunk || !d->ctx)
+            kvs_die("out of memory");
+        kvs_session_dumped(request.number, write_dump(d, sched, graph));
+        close(request.fd);
+        g->free(d->ctx);
+        free(d->chunk);
+    }
+    free(d);
+}
