@@ -58,3 +58,26 @@ func Half(h uint16) float32 {
 	}
 	return math.Float32frombits(sign | (exponent+112)<<23 | fraction<<13)
 }
+
+// Unrotate takes back the Hadamard rotation that engines apply to quantised caches, block by block of a power of two of
+// elements: the matrix (Sylvester's, normalised) is public and its own inverse.
+func Unrotate(data []float32, block int) {
+	scale := float32(1 / math.Sqrt(float64(block)))
+	for at := 0; at+block <= len(data); at += block {
+		hadamard(data[at:at+block], scale)
+	}
+}
+
+// hadamard multiplies with Sylvester's matrix.
+func hadamard(x []float32, scale float32) {
+	for half := 1; half < len(x); half *= 2 {
+		for i := 0; i < len(x); i += 2 * half {
+			for j := i; j < i+half; j++ {
+				x[j], x[j+half] = x[j]+x[j+half], x[j]-x[j+half]
+			}
+		}
+	}
+	for i := range x {
+		x[i] *= scale
+	}
+}

@@ -3,6 +3,7 @@ package play
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/kvshield/kvshield/audit"
 )
@@ -10,7 +11,7 @@ import (
 // curveLengths are the lengths at which recovery is plotted.
 var curveLengths = []int{16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096}
 
-func (p *player) attack(ctx context.Context, e *evidence, public *audit.Public, own *ownEngine) (*audit.Run, error) {
+func (p *player) attack(ctx context.Context, e *evidence, own *ownEngine) (*audit.Run, error) {
 	run := &audit.Run{Mode: e.mode, TEE: e.tee, Tokens: len(e.truth), Truth: e.pieces, Chance: audit.Chance(e.truth), Clear: e.clear, Notes: append(e.notes, p.notes...)}
 	var weights *audit.Weights
 	if e.weights != nil {
@@ -18,7 +19,7 @@ func (p *player) attack(ctx context.Context, e *evidence, public *audit.Public, 
 	}
 	var err error
 	for i, s := range e.snapshots {
-		c := &audit.Case{Snapshot: s, Truth: e.truth, Public: public, Weights: weights, Engine: own, Other: e.other}
+		c := &audit.Case{Snapshot: s, Truth: e.truth, Public: p.public, Weights: weights, Engine: own, Other: e.other}
 		for _, a := range p.attacks {
 			if i > 0 && a.Engine {
 				continue
@@ -36,7 +37,26 @@ func (p *player) attack(ctx context.Context, e *evidence, public *audit.Public, 
 			return nil, err
 		}
 	}
-	return run, nil
+	return run, p.addScans(ctx, e, run, own.client)
+}
+
+// addScans are the results of looking through memory, unless other attacks were asked for.
+func (p *player) addScans(ctx context.Context, e *evidence, run *audit.Run, own *client) error {
+	if len(p.Attacks) > 0 && !slices.Contains(p.Attacks, scanAttack) {
+		return nil
+	}
+	for i := range e.scans {
+		r, guess := e.scans[i].result(e)
+		texts, err := own.pieces(ctx, guess)
+		if err != nil {
+			return err
+		}
+		for j, text := range texts {
+			r.Guess = append(r.Guess, audit.Piece{Text: text, Right: guess[j] == e.truth[j]})
+		}
+		run.Results = append(run.Results, *r)
+	}
+	return nil
 }
 
 func (p *player) one(ctx context.Context, mode string, a audit.Attack, c *audit.Case, own *client) (*audit.Result, error) {

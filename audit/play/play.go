@@ -11,7 +11,6 @@ package play
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -28,9 +27,10 @@ import (
 // ModeOff is the stock engine.
 const ModeOff = "off"
 
-// Shield is what an engine runs under in a mode that is not off: a supervisor.
+// Shield is what an engine runs under: a supervisor that allows dumps, and only observes in mode off.
 type Shield interface {
 	Environment(base []string) []string
+	Dump(ctx context.Context, pid int) (*os.File, error)
 	Close()
 }
 
@@ -44,7 +44,7 @@ type Config struct {
 	Talk      Conversation
 	// Attacks by key; empty: all.
 	Attacks []string
-	// NewShield starts what shields a mode, and says what protects it. Not called for mode off.
+	// NewShield starts what shields a mode, and says what protects it: nothing in mode off.
 	NewShield func(mode string) (Shield, string, error)
 	// Progress is called before each step, and the function it returns after it. Nil: silent.
 	Progress func(what string) (done func())
@@ -63,6 +63,7 @@ type player struct {
 	engine     string
 	notes      []string
 	publicRows [][]byte // of layer 0's value matrix
+	public     *audit.Public
 }
 
 // Run audits. When ctx ends it returns ctx's error.
@@ -161,8 +162,18 @@ func (p *player) look() error {
 	return nil
 }
 
-// all takes the snapshots of all modes first: no engine but the attackers' own runs while they attack.
+// all takes the snapshots of all modes before it attacks any: no engine but the attackers' own runs meanwhile.
 func (p *player) all(ctx context.Context, r *audit.Report) error {
+	var err error
+	if p.publicRows, err = publicWeights(p.Model); err != nil {
+		return err
+	}
+	done := p.Progress(fmt.Sprintf("computing layer 0 of the public model for %d tokens", p.vocabulary))
+	p.public, err = p.dictionary(ctx)
+	done()
+	if err != nil {
+		return err
+	}
 	var taken []*evidence
 	for _, mode := range p.Modes {
 		e, err := p.take(ctx, mode)
@@ -171,27 +182,21 @@ func (p *player) all(ctx context.Context, r *audit.Report) error {
 		}
 		taken = append(taken, e)
 	}
-	done := p.Progress(fmt.Sprintf("computing layer 0 of the public model for %d tokens", p.vocabulary))
-	public, err := p.dictionary(ctx)
-	done()
-	if err != nil {
-		return err
-	}
 	own, close, err := p.own(ctx)
 	if err != nil {
 		return err
 	}
 	defer close()
-	public.Start = p.start(ctx, own.client)
-	begin := []int32{max(public.Start, 0)}
+	p.public.Start = p.start(ctx, own.client)
+	begin := []int32{max(p.public.Start, 0)}
 	done = p.Progress("letting the public model write, to see which tokens are frequent")
-	public.Prior, err = own.prior(ctx, p.vocabulary, begin, p.priorTokens())
+	p.public.Prior, err = own.prior(ctx, p.vocabulary, begin, p.priorTokens())
 	done()
 	if err != nil {
 		return err
 	}
 	for _, e := range taken {
-		run, err := p.attack(ctx, e, public, own)
+		run, err := p.attack(ctx, e, own)
 		if err != nil {
 			return fmt.Errorf("mode %s: %w", e.mode, err)
 		}
@@ -259,5 +264,3 @@ func (p *player) note(text string) {
 	}
 	p.notes = append(p.notes, text)
 }
-
-var errNoShield = errors.New("nothing was given that shields this mode")

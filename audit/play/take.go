@@ -14,6 +14,7 @@ type evidence struct {
 	mode, tee string
 	snapshots []*audit.Snapshot
 	other     *audit.Snapshot
+	scans     []scanned
 	truth     []int32
 	pieces    []string
 	weights   [][]byte // rows of layer 0's value matrix in the engine's memory
@@ -24,25 +25,19 @@ type evidence struct {
 // take plays both conversations on an engine of one mode and takes the snapshots.
 func (p *player) take(ctx context.Context, mode string) (*evidence, error) {
 	e := &evidence{mode: mode}
-	env := os.Environ()
-	if mode != ModeOff {
-		if p.NewShield == nil {
-			return nil, errNoShield
-		}
-		shield, tee, err := p.NewShield(mode)
-		if err != nil {
-			return nil, err
-		}
-		defer shield.Close()
-		e.tee, env = tee, shield.Environment(env)
+	shield, tee, err := p.NewShield(mode)
+	if err != nil {
+		return nil, err
 	}
+	defer shield.Close()
+	e.tee = tee
 	dir, err := p.scratch()
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
 	done := p.Progress(fmt.Sprintf("mode %s: starting the engine", mode))
-	c, err := launch(ctx, p.config(env), dir)
+	c, err := launch(ctx, p.config(shield.Environment(os.Environ())), dir)
 	done()
 	if err != nil {
 		return nil, err
@@ -51,7 +46,7 @@ func (p *player) take(ctx context.Context, mode string) (*evidence, error) {
 	if p.engine == "" {
 		p.engine = c.version(ctx)
 	}
-	return e, p.snap(ctx, c, e)
+	return e, p.snap(ctx, c, shield, e)
 }
 
 func (c *client) version(ctx context.Context) string {
@@ -64,7 +59,7 @@ func (c *client) version(ctx context.Context) string {
 	return "llama-server " + props.BuildInfo
 }
 
-func (p *player) snap(ctx context.Context, c *client, e *evidence) error {
+func (p *player) snap(ctx context.Context, c *client, shield Shield, e *evidence) error {
 	room := p.context - 8
 	done := p.Progress(fmt.Sprintf("mode %s: playing another conversation, for the control", e.mode))
 	_, _, err := c.say(ctx, other(), room)
@@ -97,11 +92,7 @@ func (p *player) snap(ctx context.Context, c *client, e *evidence) error {
 		return err
 	}
 	e.clear = append(e.clear, inClear(f, e.truth))
-	if p.publicRows, err = publicWeights(p.Model); err != nil {
-		return err
-	}
-	e.weights, err = weightsInMemory(ctx, c.server.PID(), p.publicRows)
-	return err
+	return p.inside(ctx, c, shield, f, e)
 }
 
 // inClear says which tokens the slot file carries beside the cache.

@@ -52,6 +52,8 @@ type File struct {
 	// Tokens are the token ids, which the file carries in clear: a leak of its own, kept apart so that no attack sees them.
 	Tokens   []int32
 	Snapshot *audit.Snapshot
+	// RotatedK and RotatedV are the block sizes of the Hadamard rotation that the snapshot's keys and values were taken out of.
+	RotatedK, RotatedV int
 }
 
 // Read parses the file at path.
@@ -78,7 +80,7 @@ func Parse(b []byte, shape Shape) (f *File, err error) {
 	}
 	f = &File{Tokens: r.tokens()}
 	positions := r.cells()
-	f.Snapshot = r.state(shape, positions)
+	f.Snapshot = r.state(f, shape, positions)
 	if r.err == nil && r.at != len(b) {
 		r.fail(ErrUnsupported, "%d bytes follow the cache of %d layers; models with a second cache (sliding windows) are not understood", len(b)-r.at, shape.Layers)
 	}
@@ -170,7 +172,7 @@ func (r *reader) cells() []int32 {
 	return positions
 }
 
-func (r *reader) state(shape Shape, positions []int32) *audit.Snapshot {
+func (r *reader) state(f *File, shape Shape, positions []int32) *audit.Snapshot {
 	transposed, layers := r.u32(), r.u32()
 	rotatedK, rotatedV := r.u32(), r.u32()
 	switch {
@@ -181,6 +183,7 @@ func (r *reader) state(shape Shape, positions []int32) *audit.Snapshot {
 	case int64(layers) != int64(shape.Layers) || shape.HeadsKV < 1:
 		r.fail(ErrUnsupported, "a cache of %d layers where the model has %d of %d heads", layers, shape.Layers, shape.HeadsKV)
 	}
+	f.RotatedK, f.RotatedV = int(rotatedK), int(rotatedV)
 	s := &audit.Snapshot{Source: audit.SlotFile, HeadsKV: shape.HeadsKV, Positions: positions}
 	for range shape.Layers {
 		if r.err != nil {
@@ -263,22 +266,5 @@ func (r *reader) unrotate(m audit.Matrix, block uint32) {
 		r.fail(ErrMalformed, "a rotation of blocks of %d in rows of %d", block, m.Cols)
 		return
 	}
-	scale := float32(1 / math.Sqrt(float64(block)))
-	for at := 0; at < len(m.Data); at += int(block) {
-		hadamard(m.Data[at:at+int(block)], scale)
-	}
-}
-
-// hadamard multiplies with Sylvester's matrix.
-func hadamard(x []float32, scale float32) {
-	for half := 1; half < len(x); half *= 2 {
-		for i := 0; i < len(x); i += 2 * half {
-			for j := i; j < i+half; j++ {
-				x[j], x[j+half] = x[j]+x[j+half], x[j]-x[j+half]
-			}
-		}
-	}
-	for i := range x {
-		x[i] *= scale
-	}
+	element.Unrotate(m.Data, int(block))
 }

@@ -157,10 +157,14 @@ func (f *auditFlags) shieldFor(ctx context.Context) func(string) (play.Shield, s
 		if err != nil {
 			return nil, "", err
 		}
+		cfg.Audit, cfg.Observe = true, mode == modeOff
 		// A signal ends the engine first, then what it depends on.
 		s, err := supervisor.New(context.WithoutCancel(ctx), cfg)
 		if err != nil {
 			return nil, "", err
+		}
+		if cfg.Observe {
+			return s, "", nil
 		}
 		about, err := s.Attest(ctx, nil)
 		if err != nil {

@@ -211,7 +211,7 @@ func TestMaliciousPeerEndsOnlyItself(t *testing.T) {
 	long := append(raw(typeOpen, ""), make([]byte, 2*bodyMax)...)
 	for name, attack := range map[string]func(*testing.T){
 		"truncated":     func(t *testing.T) { h := dial(t, s); h.say([]byte("KVSS")); h.expect(typeRefused, "4 bytes", false) },
-		"wrong version": func(t *testing.T) { h := dial(t, s); h.say(spoiled(4, 2)); h.expect(typeRefused, "version 2", false) },
+		"wrong version": func(t *testing.T) { h := dial(t, s); h.say(spoiled(4, 1)); h.expect(typeRefused, "version 1", false) },
 		"open before hello": func(t *testing.T) {
 			h := dial(t, s)
 			h.say(raw(typeOpen, "x"), null(t))
