@@ -20,6 +20,12 @@ static TARGET void widen_keys(const struct kvs_job *j, const uint8_t *k, float *
 			      LOAD_INT8(whole + d * KVS_PANEL + c) * LOAD_HALF(scales + d / 32 * KVS_PANEL + c));
 }
 
+// widen_scales writes the scale factors of a panel of values as floats.
+static TARGET void widen_scales(const struct kvs_job *j, const uint8_t *v, float *to)
+{
+	widen((const uint16_t *)(const void *)(v + j->dim_vp * KVS_PANEL), to, (j->dim_v + 31) / 32 * KVS_PANEL);
+}
+
 // widen_values writes a panel of values as floats. `scales` is room for a panel's scale factors.
 static TARGET void widen_values(const struct kvs_job *j, const uint8_t *v, float *to, float *scales)
 {
@@ -29,7 +35,7 @@ static TARGET void widen_values(const struct kvs_job *j, const uint8_t *v, float
 	}
 	const int8_t *whole = (const int8_t *)v;
 	int64_t blocks = (j->dim_v + 31) / 32;
-	widen((const uint16_t *)(const void *)(v + j->dim_vp * KVS_PANEL), scales, blocks * KVS_PANEL);
+	widen_scales(j, v, scales);
 	for (int64_t c = 0; c < KVS_PANEL; c++)
 		for (int64_t d = 0; d < j->dim_vp; d += VL) {
 			int64_t i = c * j->dim_vp + d;

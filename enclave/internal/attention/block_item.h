@@ -17,7 +17,7 @@ static struct work cut(const struct kvs_job *j, float *s, float *part)
 	w.keep = s, s += round16(j->rows_max);
 	w.k = s, s += j->dim_k * KVS_PANEL;
 	w.v = s, s += j->dim_vp * KVS_PANEL * KVS_BLOCK;
-	w.scales = s, s += KVS_MAX_DIM;
+	w.scales = s, s += KVS_BLOCK * round16((j->dim_v + 31) / 32 * KVS_PANEL);
 	w.mask = s;
 	w.max = part, w.sum = part + round16(j->rows_max), w.o = part + 2 * round16(j->rows_max);
 	return w;
@@ -98,22 +98,17 @@ static TARGET void weigh(const struct kvs_job *j, struct work *w, int64_t row, f
 
 struct block {
 	int64_t n, panel[KVS_BLOCK];
-	const uint8_t *k[KVS_BLOCK];
-	const void *v[KVS_BLOCK];
+	const uint8_t *k[KVS_BLOCK], *v[KVS_BLOCK];
 };
 
-static TARGET void widen_block(const struct kvs_job *j, struct work *w, struct block *b)
+static const uint16_t *key_scales(const struct kvs_job *j, const uint8_t *k)
 {
-	for (int64_t i = 0; i < b->n; i++) {
-		float *v = w->v + i * j->dim_vp * KVS_PANEL;
-		widen_values(j, b->v[i], v, w->scales);
-		b->v[i] = v;
-	}
+	return (const uint16_t *)(const void *)(k + j->dim_k * KVS_PANEL);
 }
 
-// run handles the rows of consecutive tokens that see something of the block.
+// run handles the rows of consecutive tokens that see something of the block. m lacks the rows.
 static TARGET void run(const struct kvs_job *j, const uint8_t *mask, const float *slopes, struct work *w, const struct block *b,
-		       int64_t first, int64_t end, int half)
+		       int64_t first, int64_t end, struct mix *m, int kind)
 {
 	for (int64_t t = first; t < end; t++) {
 		for (int64_t i = 0; i < b->n; i++) mask_panel(j, mask, j->first + t, b->panel[i], w->mask + i * KVS_PANEL);
@@ -121,10 +116,8 @@ static TARGET void run(const struct kvs_job *j, const uint8_t *mask, const float
 			weigh(j, w, t * j->group + h, slopes[j->head * j->group + h], b->n * KVS_PANEL);
 	}
 	int64_t row = first * j->group;
-	struct mix m = {.panels = b->n, .dim = j->dim_vp, .stride = w->stride};
-	memcpy(m.v, b->v, sizeof m.v);
-	m.p = w->p + row * w->stride, m.keep = w->keep + row, m.o = w->o + row * j->dim_vp;
-	mix(&m, half, (end - first) * j->group);
+	m->p = w->p + row * w->stride, m->keep = w->keep + row, m->o = w->o + row * j->dim_vp;
+	mix(m, kind, (end - first) * j->group);
 }
 
 static int sees(const struct kvs_job *j, const uint32_t *vis, int64_t t, const struct block *b)
@@ -145,25 +138,43 @@ static int next_run(const struct kvs_job *j, const uint32_t *vis, const struct b
 	return *first < *end;
 }
 
-static TARGET void attend_block(const struct kvs_job *j, const uint8_t *mask, const uint32_t *vis, const float *slopes,
-				struct work *w, struct block *b)
+// multiply fills the weights with the products of queries and keys. Values are fetched meanwhile.
+static TARGET void multiply(const struct kvs_job *j, const uint32_t *vis, struct work *w, const struct block *b, int kind)
 {
-	int64_t first = 0, end = 0;
-	// Few rows would not pay for a detour through the scratch memory.
-	int wide = j->storage == KVS_Q8_0 || (j->storage == KVS_F16 && j->tokens * j->group > KVS_DIRECT);
-	int half = j->storage == KVS_F16 && !wide;
 	for (int64_t i = 0; i < b->n; i++) {
-		const void *k = b->k[i];
-		if (wide) {
+		struct keys k = {.at = b->k[i], .scales = key_scales(j, b->k[i])};
+		k.ahead = ahead_of(b->v[i], j->v_panel, j->dim_k);
+		if (kind != j->storage) {
 			widen_keys(j, b->k[i], w->k);
-			k = w->k;
+			k = (struct keys){.at = w->k};
 		}
-		for (first = end = 0; next_run(j, vis, b, &first, &end);)
-			dot(w->q + first * j->group * j->dim_k, j->dim_k, k, half,
+		for (int64_t first = 0, end = 0; next_run(j, vis, b, &first, &end);)
+			dot(w->q + first * j->group * j->dim_k, j->dim_k, &k, kind,
 			    w->p + first * j->group * w->stride + i * KVS_PANEL, w->stride, (end - first) * j->group);
 	}
-	if (wide) widen_block(j, w, b);
-	for (first = end = 0; next_run(j, vis, b, &first, &end);) run(j, mask, slopes, w, b, first, end, half);
+}
+
+// attend_block takes a block into the partial result. The next block's keys are fetched meanwhile.
+static TARGET void attend_block(const struct kvs_job *j, const uint8_t *mask, const uint32_t *vis, const float *slopes,
+				struct work *w, const struct block *b, const struct block *next)
+{
+	// For many rows elements are converted once, into scratch memory; few would not pay for that.
+	int kind = j->tokens * j->group > KVS_DIRECT ? KVS_F32 : (int)j->storage;
+	multiply(j, vis, w, b, kind);
+	struct mix m = {.panels = b->n, .dim = j->dim_vp, .stride = w->stride, .scales = w->scales};
+	if (kind == KVS_Q8_0) m.blocks = (j->dim_v + 31) / 32;
+	for (int64_t i = 0; i < b->n; i++) {
+		m.v[i] = b->v[i];
+		if (kind != j->storage) {
+			m.v[i] = w->v + i * j->dim_vp * KVS_PANEL;
+			widen_values(j, b->v[i], w->v + i * j->dim_vp * KVS_PANEL, w->scales);
+			continue;
+		}
+		m.ahead[i] = ahead_of(next->k[i], j->k_panel, KVS_PANEL);
+		if (kind == KVS_Q8_0) widen_scales(j, b->v[i], w->scales + i * m.blocks * KVS_PANEL);
+	}
+	for (int64_t first = 0, end = 0; next_run(j, vis, b, &first, &end);)
+		run(j, mask, slopes, w, b, first, end, &m, kind);
 }
 
 static int visible(const struct kvs_job *j, const uint32_t *vis, int64_t panel)
@@ -173,28 +184,33 @@ static int visible(const struct kvs_job *j, const uint32_t *vis, int64_t panel)
 	return any != 0;
 }
 
+// take collects the next visible panels, from *panel on.
+static TARGET void take(const struct kvs_job *j, const uint32_t *vis, const uintptr_t *pages, int64_t *panel, struct block *b)
+{
+	memset(b, 0, sizeof *b);
+	for (; *panel < j->panel_hi && b->n < KVS_BLOCK; ++*panel) {
+		if (!visible(j, vis, *panel)) continue;
+		const uint8_t *page = (const uint8_t *)pages[*panel / KVS_PAGE_PANELS];
+		b->panel[b->n] = *panel;
+		b->k[b->n] = page + j->k_at + *panel % KVS_PAGE_PANELS * j->k_panel;
+		b->v[b->n++] = page + j->v_at + *panel % KVS_PAGE_PANELS * j->v_panel;
+	}
+}
+
 // kvs_item computes the partial result of one piece of work: for each row the largest logit, the sum of the weights and the
 // weighted sum of the values. 1: a query is not finite.
 TARGET int NAME(kvs_item)(const struct kvs_job *j, const float *q, const uint8_t *mask, const uint32_t *vis,
 			  const uintptr_t *pages, const float *slopes, float *scratch, float *part)
 {
 	struct work w = cut(j, scratch, part);
-	int64_t rows = j->tokens * j->group;
+	int64_t rows = j->tokens * j->group, panel = j->panel_lo;
 	for (int64_t r = 0; r < rows; r++) w.max[r] = -INFINITY, w.sum[r] = 0;
 	memset(w.o, 0, (size_t)(rows * j->dim_vp) * sizeof *w.o);
 	if (pack(j, q, &w)) return 1;
-	struct block b = {0};
-	for (int64_t panel = j->panel_lo; panel < j->panel_hi; panel++) {
-		if (visible(j, vis, panel)) {
-			const uint8_t *page = (const uint8_t *)pages[panel / KVS_PAGE_PANELS];
-			b.panel[b.n] = panel;
-			b.k[b.n] = page + j->k_at + panel % KVS_PAGE_PANELS * j->k_panel;
-			b.v[b.n++] = page + j->v_at + panel % KVS_PAGE_PANELS * j->v_panel;
-		}
-		if (b.n == KVS_BLOCK || (b.n > 0 && panel + 1 == j->panel_hi)) {
-			attend_block(j, mask, vis, slopes, &w, &b);
-			b.n = 0;
-		}
+	struct block now, next;
+	for (take(j, vis, pages, &panel, &now); now.n > 0; now = next) {
+		take(j, vis, pages, &panel, &next);
+		attend_block(j, mask, vis, slopes, &w, &now, &next);
 	}
 	return 0;
 }

@@ -55,8 +55,8 @@ const (
 
 // scratchFloats is the room that item needs; block_item.h cuts it up.
 func (j *job) scratchFloats() int {
-	rows, k, vp := int(j.rowsMax), int(j.dimK), int(j.dimVP)
-	return roundUp(rows*k, lane) + rows*blockCells + roundUp(rows, lane) + k*panelCells + vp*blockCells + MaxDim + blockCells
+	rows, k, vp, blocks := int(j.rowsMax), int(j.dimK), int(j.dimVP), q8Blocks(int(j.dimV))
+	return roundUp(rows*k, lane) + rows*blockCells + roundUp(rows, lane) + k*panelCells + vp*blockCells + blocks*blockCells + blockCells
 }
 
 // partFloats is the size of a partial result: each row's largest logit, its sum of weights, its weighted sum of values.
