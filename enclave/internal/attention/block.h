@@ -5,6 +5,7 @@
 // many cells grow side by side and nothing has to be summed across a vector. Values lie cell by cell.
 //
 // NaN and infinity are let through everywhere (comparisons are written so that NaN survives), and found in kvs_finish.
+#include <float.h>
 #include <math.h>
 #include <string.h>
 

@@ -83,6 +83,7 @@ static TARGET void weigh(const struct kvs_job *j, struct work *w, int64_t row, f
 	w->keep[row] = 1;
 	if (top == -INFINITY) {
 		memset(p, 0, (size_t)n * sizeof *p);
+		w->max[row] = -FLT_MAX; // it saw something, but no logit yet that a float can hold
 		return;
 	}
 	vf sums = splat(0);
@@ -233,7 +234,8 @@ static TARGET int merge_row(const struct kvs_job *j, const float *parts, int64_t
 		sum += part[padded + row] * share;
 		for (int64_t d = 0; d < j->dim_v; d++) out[d] += o[d] * share;
 	}
-	float inverse = sum == 0 ? 0 : 1 / sum;
+	if (sum == 0) return top != -INFINITY || zero != 0.0f;
+	float inverse = 1 / sum;
 	zero += sum * 0.0f;
 	for (int64_t d = 0; d < j->dim_v; d++) {
 		out[d] *= inverse;

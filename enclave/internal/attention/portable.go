@@ -69,10 +69,9 @@ func (j *job) add(r *run, row int, cell int64, s float32, value []float32, top, 
 	weight, keep := float32(1), float32(1)
 	if s > *top {
 		keep, *top = exp(*top-s), s
-	} else if !math.IsInf(float64(s), -1) {
-		weight = exp(s - *top)
 	} else {
-		weight = 0
+		*top = max(*top, -math.MaxFloat32) // it saw something, even if no logit that a float can hold
+		weight = exp(s - *top)
 	}
 	*sum = *sum*keep + weight
 	for d, x := range value {
@@ -119,7 +118,7 @@ func (j *job) merge(out, parts []float32, splits, stride, row int, top float32, 
 		}
 	}
 	if sum == 0 {
-		return true
+		return math.IsInf(float64(top), -1)
 	}
 	ok := finite(sum)
 	for d := range out {
