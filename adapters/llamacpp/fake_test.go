@@ -36,6 +36,9 @@ type fake struct {
 	refuse    string           // reason for which every model is refused
 	noHello   string           // reason for which every hello is refused
 	opened    session.Opened
+	dumps     bool                // allowed by the welcome
+	observe   bool                // nothing is shielded
+	onOpen    func(*session.Peer) // called when a model is opened, for a request of the test's own
 
 	mu         sync.Mutex
 	opens      []string
@@ -85,6 +88,10 @@ func (f *fake) Hello(_ context.Context, p *session.Peer, _ session.Hello) (sessi
 	if f.noHello != "" {
 		return session.Welcome{}, nil, errors.New(f.noHello)
 	}
+	if f.observe {
+		f.greeted <- struct{}{}
+		return session.Welcome{Observe: true, Dumps: f.dumps}, nil, nil
+	}
 	if f.inverter == nil {
 		f.inverter = f
 	}
@@ -97,7 +104,8 @@ func (f *fake) Hello(_ context.Context, p *session.Peer, _ session.Hello) (sessi
 	f.ends[p] = end
 	f.mu.Unlock()
 	f.greeted <- struct{}{}
-	return session.Welcome{Transport: f.transport, Capacity: f.capacity, SpinMicro: 20, TimeoutMS: uint32(f.timeout.Milliseconds())}, file, err
+	return session.Welcome{Transport: f.transport, Capacity: f.capacity, SpinMicro: 20, TimeoutMS: uint32(f.timeout.Milliseconds()),
+		Dumps: f.dumps}, file, err
 }
 
 func (f *fake) attachShared() (*os.File, func(), error) {
@@ -196,10 +204,13 @@ func (f *fake) serveRawSocket(conn net.Conn) {
 	}
 }
 
-func (f *fake) Open(_ context.Context, _ *session.Peer, path string, _ *os.File) (session.Opened, *os.File, error) {
+func (f *fake) Open(_ context.Context, p *session.Peer, path string, _ *os.File) (session.Opened, *os.File, error) {
 	f.mu.Lock()
 	f.opens = append(f.opens, path)
 	f.mu.Unlock()
+	if f.onOpen != nil {
+		f.onOpen(p)
+	}
 	if f.refuse != "" {
 		return session.Opened{}, nil, errors.New(f.refuse)
 	}

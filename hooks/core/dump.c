@@ -1,13 +1,15 @@
 /*
  * A dump of what an engine's memory holds, for `kvshield audit`: the KV cache, layer 0's attention weights as they lie there,
  * and the compute buffers as the last graph left them. Read through ggml's own functions, so from any device. The supervisor
- * must have allowed dumps at the hello. The format: docs/protocol.md, section 5.
+ * must have allowed dumps at the hello. What fails here ends the dump, not the process. The format: docs/protocol.md, section 5.
  */
 #include "kvs.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define MAGIC 0x4453564bu /* "KVSD" */
@@ -35,7 +37,7 @@ struct ggml_backend_buffer;
 
 /* Functions that nothing but a dump needs, and where a tensor names its buffer. */
 struct kvs_backend {
-    const char *missing; /* why there can be no dump; NULL when there can */
+    char missing[160]; /* why there can be no dump; empty when there can */
     void *(*get_base)(struct ggml_backend_buffer *);
     size_t (*get_size)(struct ggml_backend_buffer *);
     const char *(*get_name)(struct ggml_backend_buffer *);
@@ -59,7 +61,7 @@ struct dump {
     size_t count;
     struct ggml_backend_buffer *buffers[BUFFERS_MAX];
     size_t buffer_count;
-    bool flash;
+    bool flash, attention;
 };
 
 static bool probe_buffer(struct kvs_ggml *g, struct kvs_backend *b, struct ggml_context *ctx)
@@ -94,24 +96,26 @@ static void resolve(struct kvs_ggml *g, struct kvs_backend *b)
     for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
         void *f = g->find ? g->find(g, functions[i].name) : NULL;
         if (!f)
-            b->missing = "this engine's ggml lacks a function that a dump needs";
+            snprintf(b->missing, sizeof b->missing, "this engine's ggml has no function %s, which a dump needs",
+                     functions[i].name);
         memcpy((char *)b + functions[i].member, &f, sizeof f);
     }
 }
 
-/* Dumps are made on the engine's own threads, one at a time: kvs_session_take_dump gives each request to one. */
-static struct kvs_backend *backend_of(struct kvs_ggml *g, struct ggml_context *ctx)
+/* NULL, or why there can be no dump. */
+static const char *find_backend(struct kvs_ggml *g, struct ggml_context *ctx)
 {
     if (!g->backend) {
         struct kvs_backend *b = calloc(1, sizeof *b);
         if (!b)
-            kvs_die("out of memory");
+            return "out of memory";
         resolve(g, b);
-        if (!b->missing && !probe_buffer(g, b, ctx))
-            b->missing = "a tensor of this engine's ggml does not tell in which buffer it lies";
+        if (!b->missing[0] && !probe_buffer(g, b, ctx))
+            snprintf(b->missing, sizeof b->missing, "a tensor of this engine's ggml (%s) does not tell in which buffer it lies",
+                     g->version());
         g->backend = b;
     }
-    return g->backend;
+    return g->backend->missing[0] ? g->backend->missing : NULL;
 }
 
 static void put(struct dump *d, const void *data, size_t len)
@@ -135,14 +139,18 @@ static struct ggml_backend_buffer *buffer_of(const struct dump *d, const struct 
     return *(struct ggml_backend_buffer *const *)(const void *)((const char *)t + d->g->backend->buffer);
 }
 
-/* Weights that a CPU backend has rearranged for its kernels cannot be read back. */
+/*
+ * Weights that a CPU backend has rearranged for its kernels cannot be read back, and what is spread over several devices
+ * only as a whole: ggml would end the process.
+ */
 static bool readable(const struct dump *d, struct ggml_backend_buffer *buffer)
 {
     const struct kvs_backend *b = d->g->backend;
     if (!buffer)
         return false;
     const char *name = b->get_name(buffer);
-    return b->is_host(buffer) || (strncmp(name, "CPU", 3) != 0 && strncmp(name, "AMX", 3) != 0);
+    return b->is_host(buffer) || (strncmp(name, "CPU", 3) != 0 && strncmp(name, "AMX", 3) != 0 &&
+                                  strncmp(name, "Meta", 4) != 0 && !strstr(name, "_Split"));
 }
 
 static void put_data(struct dump *d, const struct ggml_tensor *t, size_t bytes)
@@ -160,7 +168,7 @@ static void put_tensor(struct dump *d, const struct ggml_tensor *t)
     struct record r = {.kind = kvs_is_cache(name) ? CACHE : WEIGHT, .type = (uint32_t)kvs_type(d->g, t)};
     memcpy(r.ne, kvs_ne(d->g, t), sizeof r.ne);
     memcpy(r.name, name, strnlen(name, sizeof r.name - 1));
-    if (readable(d, buffer_of(d, t)))
+    if (readable(d, buffer_of(d, t)) && d->g->is_contiguous(t))
         r.bytes = d->g->nbytes(t);
     put(d, &r, sizeof r);
     put_data(d, t, r.bytes);
@@ -173,9 +181,11 @@ static void put_buffer(struct dump *d, struct ggml_backend_buffer *buffer)
     const char *name = b->get_name(buffer);
     memcpy(r.name, name, strnlen(name, sizeof r.name - 1));
     struct ggml_tensor *whole = NULL;
-    if (readable(d, buffer)) {
-        r.ne[0] = (int64_t)b->get_size(buffer);
+    r.ne[0] = (int64_t)b->get_size(buffer);
+    r.ne[1] = r.ne[2] = r.ne[3] = 1;
+    if (readable(d, buffer))
         whole = d->g->new_tensor_2d(d->ctx, KVS_GGML_TYPE_I8, r.ne[0], 1);
+    if (whole) {
         b->tensor_alloc(buffer, whole, b->get_base(buffer));
         r.bytes = (uint64_t)r.ne[0];
     }
@@ -218,14 +228,15 @@ static void want_buffer(struct dump *d, const struct ggml_tensor *node)
         d->buffers[d->buffer_count++] = buffer;
 }
 
-/* Names what there is to dump; false for a graph without a cache. */
+/* Names what there is to dump; false for a graph without attention, such as one that shifts the positions in a cache. */
 static bool survey(struct dump *d, struct ggml_cgraph *graph)
 {
     bool cache = false;
     for (int i = 0, n = d->g->graph_n_nodes(graph); i < n; i++) {
         struct ggml_tensor *node = d->g->graph_node(graph, i);
-        if (strcmp(d->g->op_desc(node), "FLASH_ATTN_EXT") == 0)
-            d->flash = true;
+        const char *op = d->g->op_desc(node);
+        d->flash |= strcmp(op, "FLASH_ATTN_EXT") == 0;
+        d->attention |= d->flash || strcmp(op, "SOFT_MAX") == 0;
         for (int j = 0; j < 4; j++) {
             const struct ggml_tensor *src = kvs_src(d->g, node, j);
             if (!src)
@@ -235,15 +246,12 @@ static bool survey(struct dump *d, struct ggml_cgraph *graph)
     }
     for (size_t i = 0; i < d->count; i++)
         cache |= kvs_is_cache(kvs_name(d->g, d->tensors[i]));
-    return cache;
+    return cache && d->attention;
 }
 
 static const char *write_dump(struct dump *d, void *sched, struct ggml_cgraph *graph)
 {
-    const struct kvs_backend *b = backend_of(d->g, d->ctx);
-    if (b->missing)
-        return b->missing;
-    b->synchronize(sched);
+    d->g->backend->synchronize(sched);
     for (int i = 0, n = d->g->graph_n_nodes(graph); i < n; i++)
         want_buffer(d, d->g->graph_node(graph, i));
     struct dump_header h = {MAGIC, VERSION, d->flash ? 0 : TRANSPOSED, 0};
@@ -257,25 +265,48 @@ static const char *write_dump(struct dump *d, void *sched, struct ggml_cgraph *g
     return d->failed ? "the dump could not be written to its file" : NULL;
 }
 
+/* A write beyond the process's limit would raise SIGXFSZ, which ends it. */
+static bool files_are_limited(void)
+{
+    struct rlimit limit;
+    return getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+}
+
+/* NULL, or why there is no dump. */
+static const char *make(struct dump *d, void *sched, struct ggml_cgraph *graph)
+{
+    static pthread_mutex_t one = PTHREAD_MUTEX_INITIALIZER; /* dump at a time: the engine may compute on several threads */
+    if (files_are_limited())
+        return "the size of this process's files is limited (ulimit -f)";
+    const char *refusal = "out of memory";
+    d->chunk = malloc(CHUNK);
+    d->ctx = d->g->init((struct kvs_ggml_init_params){(size_t)256 << 10, NULL, true});
+    pthread_mutex_lock(&one);
+    if (d->chunk && d->ctx)
+        refusal = find_backend(d->g, d->ctx);
+    if (!refusal)
+        refusal = write_dump(d, sched, graph);
+    pthread_mutex_unlock(&one);
+    if (d->ctx)
+        d->g->free(d->ctx);
+    free(d->chunk);
+    return refusal;
+}
+
 void kvs_dump(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
 {
     if (!kvs_session_dump_wanted())
         return;
     struct dump *d = calloc(1, sizeof *d);
     if (!d)
-        kvs_die("out of memory");
+        return; /* the next graph will do */
     d->g = g;
     struct kvs_dump_request request;
     if (survey(d, graph) && kvs_session_take_dump(&request)) {
         d->fd = request.fd;
-        d->chunk = malloc(CHUNK);
-        d->ctx = g->init((struct kvs_ggml_init_params){(size_t)256 << 10, NULL, true});
-        if (!d->chunk || !d->ctx)
-            kvs_die("out of memory");
-        kvs_session_dumped(request.number, write_dump(d, sched, graph));
+        const char *refusal = make(d, sched, graph);
         close(request.fd);
-        g->free(d->ctx);
-        free(d->chunk);
+        kvs_session_dumped(request.number, refusal);
     }
     free(d);
 }
