@@ -10,7 +10,7 @@ import (
 const (
 	collisionTokens = 48               // of the snapshot that are attacked, from its start
 	collisionTries  = 1024             // candidates for one token
-	collisionTime   = 30 * time.Second // for one snapshot: an engine has to run for every candidate
+	collisionTime   = 12 * time.Second // for one snapshot: an engine has to run for every candidate
 	// collides is the relative distance below which a candidate is taken at once, mayCollide that below which the best one is, if
 	// it is half as far as the next.
 	collides, mayCollide = 0.01, 0.05
@@ -38,8 +38,8 @@ var collision = Attack{
 				return nil, err
 			}
 			if token < 0 {
-				if time.Now().After(c.end) && i > 0 {
-					g.Tried = i
+				if time.Now().After(c.end) {
+					g.Where += fmt.Sprintf(", %d tokens until time ran out", i)
 				}
 				break
 			}

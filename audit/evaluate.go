@@ -56,7 +56,7 @@ func (c *Case) attack(ctx context.Context, a Attack, s *Snapshot) (*Guess, error
 	if a.Known >= len(c.Truth) || a.Known >= s.Tokens() {
 		return nil, &Skip{"the conversation has no tokens beyond those to know"}
 	}
-	e := &Evidence{Snapshot: s, Public: c.Public, Known: c.Truth[:a.Known], Engine: c.Engine}
+	e := &Evidence{Snapshot: s, Public: c.Public, Known: c.Truth[:a.Known:a.Known], Engine: c.Engine}
 	if a.Attacker == A3 || a.Attacker == A4 {
 		e.Weights = c.Weights
 	}
@@ -113,22 +113,26 @@ func noise(r *rand.Rand, like Matrix) Matrix {
 	return out
 }
 
-// CurveOf is how much an attack recovers of the first tokens, for each of the lengths.
-func CurveOf(ctx context.Context, a Attack, c *Case, lengths []int) ([]Point, error) {
+// Curve is how much an attack recovers of the first tokens, for each of the lengths. An attack that does not get better with a
+// longer snapshot is not run again: o is what it recovered of the whole.
+func Curve(ctx context.Context, o *Outcome, c *Case, lengths []int) ([]Point, error) {
 	var points []Point
 	for _, n := range lengths {
-		if n > c.Snapshot.Tokens() || n <= a.Known {
+		if n > c.Snapshot.Tokens() || n <= o.Attack.Known {
 			continue
 		}
-		g, err := c.attack(ctx, a, c.Snapshot.First(n))
-		var skip *Skip
-		if errors.As(err, &skip) {
-			continue
+		g := o.Guess
+		if o.Attack.Grows && n < c.Snapshot.Tokens() {
+			var err error
+			var skip *Skip
+			if g, err = c.attack(ctx, o.Attack, c.Snapshot.First(n)); errors.As(err, &skip) {
+				continue
+			} else if err != nil {
+				return nil, err
+			}
 		}
-		if err != nil {
-			return nil, err
-		}
-		points = append(points, Point{n, ScoreOf(g, c.Truth[:n], a.Known).Rate})
+		plain := Guess{Tokens: g.Tokens}
+		points = append(points, Point{n, ScoreOf(&plain, c.Truth[:n], o.Attack.Known).Rate})
 	}
 	return points, nil
 }

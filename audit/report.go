@@ -40,7 +40,7 @@ type Run struct {
 	Chance  float64  `json:"chance"`
 	Results []Result `json:"results"`
 	// Curves are recovery against the length of the snapshot, for the attacks in whose nature it is.
-	Curves []Curve `json:"curves"`
+	Curves []Line `json:"curves"`
 	// Clear lists what of the conversation lay open beside the cache, such as the token ids in a slot file. No attack uses it.
 	Clear []string `json:"clear"`
 	Notes []string `json:"notes"`
@@ -75,8 +75,8 @@ type Piece struct {
 	Right bool   `json:"right"`
 }
 
-// Curve is how much one attack recovers as the snapshot grows.
-type Curve struct {
+// Line is how much one attack recovers as the snapshot grows.
+type Line struct {
 	Attack string  `json:"attack"`
 	Title  string  `json:"title"`
 	Points []Point `json:"points"`

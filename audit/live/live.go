@@ -159,6 +159,8 @@ func (t *Tensor) floats() (audit.Matrix, error) {
 	elements, bytes, known := t.Type.Block()
 	cols, rows := t.Dims[0], t.Dims[1]
 	switch {
+	case len(t.Data) == 0:
+		return audit.Matrix{}, fmt.Errorf("%w: %s cannot be read back from where it lies", ErrUnsupported, t.Name)
 	case !known || !element.Known(t.Type) || t.Dims[2] != 1 || t.Dims[3] != 1:
 		return audit.Matrix{}, fmt.Errorf("%w: %s of type %v and shape %v", ErrUnsupported, t.Name, t.Type, t.Dims)
 	case cols <= 0 || rows <= 0 || cols > math.MaxInt32 || rows > math.MaxInt32 || cols%elements != 0 || cols/elements*bytes*rows != int64(len(t.Data)):

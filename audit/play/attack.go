@@ -8,8 +8,19 @@ import (
 	"github.com/kvshield/kvshield/audit"
 )
 
-// curveLengths are the lengths at which recovery is plotted.
-var curveLengths = []int{16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096}
+// lengths at which recovery is plotted: fewer where the vocabulary makes an attack long.
+func (p *player) lengths(tokens int) []int {
+	const largeVocabulary = 20_000
+	factor := 2
+	if p.vocabulary > largeVocabulary {
+		factor = 4
+	}
+	var out []int
+	for n := 16; n < tokens; n *= factor {
+		out = append(out, n)
+	}
+	return append(out, tokens)
+}
 
 func (p *player) attack(ctx context.Context, e *evidence, own *ownEngine) (*audit.Run, error) {
 	run := &audit.Run{Mode: e.mode, TEE: e.tee, Tokens: len(e.truth), Truth: e.pieces, Chance: audit.Chance(e.truth), Clear: e.clear, Notes: append(e.notes, p.notes...)}
@@ -17,27 +28,44 @@ func (p *player) attack(ctx context.Context, e *evidence, own *ownEngine) (*audi
 	if e.weights != nil {
 		weights = &audit.Weights{PublicV: p.publicRows, ShieldedV: e.weights}
 	}
-	var err error
 	for i, s := range e.snapshots {
+		if i > 0 && same(s, e.snapshots[0]) {
+			repeat(run, s.Source)
+			continue
+		}
 		c := &audit.Case{Snapshot: s, Truth: e.truth, Public: p.public, Weights: weights, Engine: own, Other: e.other}
 		for _, a := range p.attacks {
 			if i > 0 && a.Engine {
 				continue
 			}
-			result, err := p.one(ctx, e.mode, a, c, own.client)
-			if err != nil {
+			if err := p.one(ctx, run, a, c, own.client, i == 0); err != nil {
 				return nil, fmt.Errorf("%s: %w", a.Key, err)
 			}
-			run.Results = append(run.Results, *result)
-		}
-		if i > 0 {
-			continue
-		}
-		if run.Curves, err = p.curves(ctx, e.mode, c); err != nil {
-			return nil, err
 		}
 	}
 	return run, p.addScans(ctx, e, run, own.client)
+}
+
+// same says that two snapshots hold the same numbers.
+func same(a, b *audit.Snapshot) bool {
+	if a.Tokens() != b.Tokens() || len(a.Layers) != len(b.Layers) {
+		return false
+	}
+	for i := range a.Layers {
+		if !slices.Equal(a.Layers[i].K.Data, b.Layers[i].K.Data) || !slices.Equal(a.Layers[i].V.Data, b.Layers[i].V.Data) {
+			return false
+		}
+	}
+	return true
+}
+
+// repeat says of a source with the same numbers what was found in the first.
+func repeat(run *audit.Run, source audit.Source) {
+	for _, r := range run.Results {
+		r.Source = source
+		run.Results = append(run.Results, r)
+	}
+	run.Notes = append(run.Notes, fmt.Sprintf("the %s holds number for number what the slot file holds: its results are the same", source))
 }
 
 // addScans are the results of looking through memory, unless other attacks were asked for.
@@ -59,20 +87,28 @@ func (p *player) addScans(ctx context.Context, e *evidence, run *audit.Run, own 
 	return nil
 }
 
-func (p *player) one(ctx context.Context, mode string, a audit.Attack, c *audit.Case, own *client) (*audit.Result, error) {
-	defer p.Progress(fmt.Sprintf("mode %s: %s, %s", mode, c.Snapshot.Source, a.Key))()
+// one runs an attack and adds its result, and its curve, to the run.
+func (p *player) one(ctx context.Context, run *audit.Run, a audit.Attack, c *audit.Case, own *client, curve bool) error {
+	defer p.Progress(fmt.Sprintf("mode %s: %s, %s", run.Mode, c.Snapshot.Source, a.Key))()
 	o, err := audit.Evaluate(ctx, a, c)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	r := &audit.Result{Attack: a.Key, Title: a.Title, Attacker: string(a.Attacker), Source: c.Snapshot.Source, Known: a.Known, Skipped: o.Skipped}
-	if o.Skipped != "" {
-		return r, nil
+	r := audit.Result{Attack: a.Key, Title: a.Title, Attacker: string(a.Attacker), Source: c.Snapshot.Source, Known: a.Known, Skipped: o.Skipped}
+	if o.Skipped == "" {
+		r.Tokens, r.Rate, r.Figures, r.Where, r.Seconds = o.Score.Tokens, o.Score.Rate, o.Score.Figures, o.Guess.Where, o.Took.Seconds()
+		r.Random, r.Other = rate(o.Random), rate(o.Other)
+		if r.Guess, err = guessed(ctx, own, o, a.Known); err != nil {
+			return err
+		}
 	}
-	r.Tokens, r.Rate, r.Figures, r.Where, r.Seconds = o.Score.Tokens, o.Score.Rate, o.Score.Figures, o.Guess.Where, o.Took.Seconds()
-	r.Random, r.Other = rate(o.Random), rate(o.Other)
-	r.Guess, err = guessed(ctx, own, o, a.Known)
-	return r, err
+	run.Results = append(run.Results, r)
+	if o.Skipped != "" || !curve || a.Engine || a.Known > 0 && !a.Grows {
+		return nil
+	}
+	points, err := audit.Curve(ctx, o, c, p.lengths(c.Snapshot.Tokens()))
+	run.Curves = append(run.Curves, audit.Line{Attack: a.Key, Title: a.Title, Points: points})
+	return err
 }
 
 func rate(r float64) *float64 {
@@ -96,32 +132,6 @@ func guessed(ctx context.Context, own *client, o *audit.Outcome, known int) ([]a
 		out[i].Right = o.Score.Right[i]
 		if i < len(texts) {
 			out[i].Text = texts[i]
-		}
-	}
-	return out, nil
-}
-
-func (p *player) curves(ctx context.Context, mode string, c *audit.Case) ([]audit.Curve, error) {
-	defer p.Progress(fmt.Sprintf("mode %s: recovery against length", mode))()
-	n := c.Snapshot.Tokens()
-	lengths := []int{}
-	for _, l := range curveLengths {
-		if l < n {
-			lengths = append(lengths, l)
-		}
-	}
-	lengths = append(lengths, n)
-	var out []audit.Curve
-	for _, a := range p.attacks {
-		if a.Engine || a.Known > 0 && !a.Grows {
-			continue
-		}
-		points, err := audit.CurveOf(ctx, a, c, lengths)
-		if err != nil {
-			return nil, err
-		}
-		if len(points) > 0 {
-			out = append(out, audit.Curve{Attack: a.Key, Title: a.Title, Points: points})
 		}
 	}
 	return out, nil

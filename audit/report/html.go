@@ -116,7 +116,7 @@ const (
 	colours                  = 8
 )
 
-func plotOf(curves []audit.Curve) *plot {
+func plotOf(curves []audit.Line) *plot {
 	low, high := math.Inf(1), 0.0
 	for _, c := range curves {
 		for _, p := range c.Points {
