@@ -12,12 +12,12 @@ var benchShape = Shape{QueryHeads: 32, KVHeads: 8, DimK: 64, DimV: 64}
 
 const benchLayers = 16
 
-func benchCaches(b *testing.B, s Shape, cells int) []*Cache {
+func benchCaches(b *testing.B, k *kernel, s Shape, cells int) []*Cache {
 	b.Helper()
 	l := newLayer(s, 1, 64, 1)
 	caches := make([]*Cache, benchLayers)
 	for i := range caches {
-		c, err := NewCache(s, cells)
+		c, err := newCache(s, cells, k)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -33,8 +33,8 @@ func benchCaches(b *testing.B, s Shape, cells int) []*Cache {
 }
 
 // benchAttend times one token's (or batch's) way through all layers.
-func benchAttend(b *testing.B, s Shape, tokens, cells, threads int) {
-	caches := benchCaches(b, s, cells)
+func benchAttend(b *testing.B, k *kernel, s Shape, tokens, cells, threads int) {
+	caches := benchCaches(b, k, s, cells)
 	l := newLayer(s, tokens, cells, 2)
 	l.causal(0)
 	m := l.bytes(MaskF16, cells)
@@ -49,9 +49,9 @@ func benchAttend(b *testing.B, s Shape, tokens, cells, threads int) {
 			}
 		}
 	}
-	k, v := s.panelBytes()
+	keys, values := s.panelBytes()
 	perOp := b.Elapsed().Seconds() / float64(b.N)
-	read := float64(benchLayers * s.KVHeads * cells / panelCells * (k + v))
+	read := float64(benchLayers * s.KVHeads * cells / panelCells * (keys + values))
 	flops := 2 * float64(benchLayers*s.QueryHeads*(s.DimK+s.DimV)) * float64(tokens) * (float64(cells) - float64(tokens-1)/2)
 	b.ReportMetric(read/perOp/1e9, "GB/s")
 	b.ReportMetric(flops/perOp/1e9, "GFLOP/s")
@@ -64,7 +64,7 @@ func BenchmarkDecode(b *testing.B) {
 				b.Run(fmt.Sprintf("%v/%d/threads=%d", storage, cells, threads), func(b *testing.B) {
 					s := benchShape
 					s.Type = storage
-					benchAttend(b, s, 1, cells, threads)
+					benchAttend(b, best(), s, 1, cells, threads)
 				})
 			}
 		}
@@ -75,7 +75,18 @@ func BenchmarkPrefill512(b *testing.B) {
 	for _, cells := range []int{512, 2048, 8192} {
 		for _, threads := range []int{1, 2} {
 			b.Run(fmt.Sprintf("%v/%d/threads=%d", F16, cells, threads), func(b *testing.B) {
-				benchAttend(b, benchShape, 512, cells, threads)
+				benchAttend(b, best(), benchShape, 512, cells, threads)
+			})
+		}
+	}
+}
+
+// What each level of instructions is worth, at 512 positions.
+func BenchmarkLevels(b *testing.B) {
+	for _, k := range kernels() {
+		for _, tokens := range []int{1, 64} {
+			b.Run(fmt.Sprintf("%s/%d tokens", k.name, tokens), func(b *testing.B) {
+				benchAttend(b, k, benchShape, tokens, 512, 1)
 			})
 		}
 	}
@@ -85,7 +96,7 @@ func BenchmarkPrefill512(b *testing.B) {
 func BenchmarkDecodeOneKVHead(b *testing.B) {
 	for _, threads := range []int{1, 2} {
 		b.Run(fmt.Sprintf("threads=%d", threads), func(b *testing.B) {
-			benchAttend(b, Shape{QueryHeads: 8, KVHeads: 1, DimK: 128, DimV: 128}, 1, 8192, threads)
+			benchAttend(b, best(), Shape{QueryHeads: 8, KVHeads: 1, DimK: 128, DimV: 128}, 1, 8192, threads)
 		})
 	}
 }
@@ -95,7 +106,7 @@ func BenchmarkPut(b *testing.B) {
 		b.Run(storage.String(), func(b *testing.B) {
 			s := benchShape
 			s.Type = storage
-			caches := benchCaches(b, s, 2048)
+			caches := benchCaches(b, best(), s, 2048)
 			l := newLayer(s, 1, 1, 3)
 			cell := 0
 			for b.Loop() {

@@ -6,7 +6,7 @@ import (
 )
 
 // portable is the kernel in Go: for machines without the instructions and builds without C, and what the others are tested
-// against. It works cell by cell, and is some ten times slower.
+// against. It works cell by cell, and is about 60 times slower than AVX-512.
 var portable = kernel{name: "portable", item: portableItem, finish: portableFinish, put: portablePut}
 
 // portableItem lays its scratch memory out for itself: scaled queries, one key, one value.
