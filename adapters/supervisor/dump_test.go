@@ -73,6 +73,9 @@ func TestObservedModelsPass(t *testing.T) {
 	if n := s.Statistics().Transitions; n != 0 {
 		t.Errorf("%d transitions", n)
 	}
+	if _, err := s.Attest(t.Context(), nil); !errors.Is(err, errObserved) {
+		t.Errorf("Attest: %v", err)
+	}
 	p.conn.Close()
 	eventually(t, "its end", func() bool { return !s.Greeted(os.Getpid()) })
 }

@@ -170,9 +170,15 @@ func (s *Supervisor) Hook() string { return filepath.Base(s.cfg.Hook) }
 // RuntimeDir is where this run keeps its sockets.
 func (s *Supervisor) RuntimeDir() *RuntimeDir { return s.dir }
 
-var errNoEnclave = errors.New("the enclave is restarting; try again in a moment")
+var (
+	errNoEnclave = errors.New("the enclave is restarting; try again in a moment")
+	errObserved  = errors.New("this run only observes and has no enclave")
+)
 
 func (s *Supervisor) client() (*plugin.Client, error) {
+	if s.cfg.Observe {
+		return nil, errObserved
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.enclave == nil {
