@@ -6,21 +6,27 @@
 //	magic u32, the bytes "qsgg"; version u32, 4
 //	words u32, then that many words of 4 bytes: either token ids, or −1, 1, the number of tokens, their ids, and the
 //	   number of media chunks, which must be 0
-//	streams u32, 1; cells u32; for each cell its position u32, a count u32 and that many sequence numbers u32
+//	streams u32: 1, or with --kv-unified off as many as the server has slots; for each stream its cells u32, and when there are
+//	   any, which is so in the saved slot's own stream only, what follows
+//	for each cell its position u32, the number of its sequences u32, which is 1, and the number of that sequence u32
 //	transposed u32, 1 when values are stored by dimension (flash attention off); layers u32
 //	two u32, the block sizes of a Hadamard rotation of keys and of values, 0 for none
 //	for each layer its keys: type u32 (of ggml), bytes of a row u64, a row for each cell
 //	for each layer its values likewise; transposed: type u32, bytes of an element u32, dimensions u32, a row of cells for each
 //	   dimension
 //
-// Limits: one sequence, one cache (a model with sliding windows has two), elements F32, F16, BF16 or Q8_0. Promises: hostile input
-// yields an error, and memory stays within a small multiple of the file.
+// Cells lie in any order (a context shift leaves them so); the rows of a snapshot are sorted by position. Rotated caches are turned
+// back. Numbers are taken as they stand: a hostile file may hold infinities.
+//
+// Limits: one sequence, one cache (a model with sliding windows has two), elements F32, F16, BF16 or Q8_0, positions of one
+// dimension. Promises: hostile input yields an error, and memory stays within a small multiple of the file.
 package slotfile
 
 import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 
@@ -35,6 +41,8 @@ var (
 	ErrTruncated   = errors.New("slot file ends too early")
 	ErrUnsupported = errors.New("slot file of a kind that is not understood")
 	ErrMalformed   = errors.New("malformed slot file")
+	// ErrEmpty is an error because an attack on nothing would report that nothing was recovered.
+	ErrEmpty = errors.New("slot file without a single token")
 )
 
 const (
@@ -42,6 +50,7 @@ const (
 	version  = 4
 	packed   = -1 // first word of a token list with a header of its own
 	maxCells = 1 << 24
+	maxSeqs  = 256 // LLAMA_MAX_SEQ
 )
 
 // Shape is what a slot file does not tell.
@@ -56,9 +65,9 @@ type File struct {
 	RotatedK, RotatedV int
 }
 
-// Read parses the file at path.
+// Read parses the file at path. Of a file that is no slot file it reads the first bytes only.
 func Read(path string, shape Shape) (*File, error) {
-	b, err := os.ReadFile(path)
+	b, err := readAll(path)
 	if err != nil {
 		return nil, err
 	}
@@ -69,20 +78,53 @@ func Read(path string, shape Shape) (*File, error) {
 	return f, nil
 }
 
+func readAll(path string) ([]byte, error) {
+	// Opening a pipe would wait for a writer.
+	if info, err := os.Stat(path); err != nil {
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: %w: it is no regular file", path, ErrNotSlotFile)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	head := make([]byte, 8)
+	n, err := io.ReadFull(file, head)
+	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+		return nil, err
+	}
+	if err := checkHead(head[:n]); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return os.ReadFile(path)
+}
+
+// checkHead looks at the first bytes of a file.
+func checkHead(b []byte) error {
+	if len(b) < 8 || binary.LittleEndian.Uint32(b) != magic {
+		return fmt.Errorf("%w: it does not begin with its magic number; save one with POST /slots/0?action=save", ErrNotSlotFile)
+	}
+	if v := binary.LittleEndian.Uint32(b[4:]); v != version {
+		return fmt.Errorf("%w: version %d, this reader knows %d; save it with llama.cpp 0.7.0", ErrUnsupported, v, version)
+	}
+	return nil
+}
+
 // Parse parses a whole file.
-func Parse(b []byte, shape Shape) (f *File, err error) {
-	r := &reader{b: b}
-	if len(b) < 8 || r.u32() != magic {
-		return nil, fmt.Errorf("%w: it does not begin with its magic number; save one with POST /slots/0?action=save", ErrNotSlotFile)
+func Parse(b []byte, shape Shape) (*File, error) {
+	if err := checkHead(b); err != nil {
+		return nil, err
 	}
-	if v := r.u32(); v != version {
-		return nil, fmt.Errorf("%w: version %d, this reader knows %d", ErrUnsupported, v, version)
-	}
-	f = &File{Tokens: r.tokens()}
-	positions := r.cells()
-	f.Snapshot = r.state(f, shape, positions)
+	r := &reader{b: b, at: 8}
+	f := &File{Tokens: r.tokens()}
+	r.streams(f, shape)
 	if r.err == nil && r.at != len(b) {
 		r.fail(ErrUnsupported, "%d bytes follow the cache of %d layers; models with a second cache (sliding windows) are not understood", len(b)-r.at, shape.Layers)
+	}
+	if r.err == nil && f.Snapshot == nil {
+		r.fail(ErrEmpty, "no stream has a cell; ask for a completion before saving the slot")
 	}
 	if r.err != nil {
 		return nil, r.err
@@ -153,13 +195,27 @@ func (r *reader) tokens() []int32 {
 	return nil
 }
 
-func (r *reader) cells() []int32 {
-	if streams := r.u32(); r.err == nil && streams != 1 {
-		r.fail(ErrUnsupported, "%d streams where a slot has one", streams)
-	}
+// streams reads all streams, of which one may hold cells.
+func (r *reader) streams(f *File, shape Shape) {
 	n := r.u32()
-	if r.err == nil && (n > maxCells || uint64(n)*8 > uint64(len(r.b)-r.at)) {
-		r.fail(ErrTruncated, "%d cells do not fit", n)
+	if r.err == nil && (n < 1 || n > maxSeqs) {
+		r.fail(ErrMalformed, "%d streams", n)
+	}
+	for s := uint32(0); s < n && r.err == nil; s++ {
+		switch cells := r.u32(); {
+		case cells == 0:
+		case f.Snapshot != nil:
+			r.fail(ErrUnsupported, "a second stream with cells; save one slot")
+		default:
+			f.Snapshot = r.state(f, shape, r.cells(cells))
+		}
+	}
+}
+
+// cells reads the positions of n cells, in the order of the cells.
+func (r *reader) cells(n uint32) []int32 {
+	if r.err == nil && (n > maxCells || uint64(n)*12 > uint64(len(r.b)-r.at)) {
+		r.fail(ErrTruncated, "%d cells do not fit; save the slot again", n)
 	}
 	if r.err != nil {
 		return nil
@@ -167,11 +223,20 @@ func (r *reader) cells() []int32 {
 	positions := make([]int32, n)
 	for i := range positions {
 		positions[i] = int32(r.u32())
-		r.take(4 * uint64(r.u32()))
+		sequences, sequence := r.u32(), r.u32()
+		switch {
+		case sequences != 1 || sequence >= maxSeqs:
+			r.fail(ErrUnsupported, "cell %d belongs to %d sequences; models with positions of several dimensions are not understood", i, sequences)
+			return nil
+		case positions[i] < 0:
+			r.fail(ErrMalformed, "cell %d has position %d", i, positions[i])
+			return nil
+		}
 	}
 	return positions
 }
 
+// state reads what a stream's cells hold, and sorts it by position.
 func (r *reader) state(f *File, shape Shape, positions []int32) *audit.Snapshot {
 	transposed, layers := r.u32(), r.u32()
 	rotatedK, rotatedV := r.u32(), r.u32()
@@ -180,8 +245,9 @@ func (r *reader) state(f *File, shape Shape, positions []int32) *audit.Snapshot 
 		return nil
 	case transposed > 1:
 		r.fail(ErrMalformed, "the flag for transposed values is %d", transposed)
-	case int64(layers) != int64(shape.Layers) || shape.HeadsKV < 1:
-		r.fail(ErrUnsupported, "a cache of %d layers where the model has %d of %d heads", layers, shape.Layers, shape.HeadsKV)
+	case shape.Layers < 1 || int64(layers) != int64(shape.Layers) || shape.HeadsKV < 1:
+		r.fail(ErrUnsupported, "a cache of %d layers where the model has %d of %d heads; name the right model: one with sliding windows or recurrent layers is not understood",
+			layers, shape.Layers, shape.HeadsKV)
 	}
 	f.RotatedK, f.RotatedV = int(rotatedK), int(rotatedV)
 	s := &audit.Snapshot{Source: audit.SlotFile, HeadsKV: shape.HeadsKV, Positions: positions}
@@ -192,17 +258,26 @@ func (r *reader) state(f *File, shape Shape, positions []int32) *audit.Snapshot 
 		k, kind := r.matrix(len(positions), rotatedK)
 		s.Layers, s.Type = append(s.Layers, audit.Layer{K: k}), kind
 	}
+	kind := s.Type
 	for i := range s.Layers {
 		if transposed == 1 {
-			s.Layers[i].V = r.transposed(len(positions), rotatedV)
+			s.Layers[i].V, kind = r.transposed(len(positions), rotatedV)
 		} else {
-			s.Layers[i].V, _ = r.matrix(len(positions), rotatedV)
+			s.Layers[i].V, kind = r.matrix(len(positions), rotatedV)
 		}
 	}
-	if r.err == nil {
-		if err := s.Check(); err != nil {
-			r.fail(ErrMalformed, "%v", err)
-		}
+	if kind != s.Type {
+		s.Type += " keys, " + kind + " values"
+	}
+	if r.err != nil {
+		return nil
+	}
+	err := s.Check()
+	if err == nil {
+		err = sortRows(s)
+	}
+	if err != nil {
+		r.fail(ErrMalformed, "%v", err)
 	}
 	return s
 }
@@ -230,12 +305,12 @@ func (r *reader) matrix(rows int, rotated uint32) (audit.Matrix, string) {
 }
 
 // transposed reads type, bytes of an element, number of dimensions, and a row of cells for each.
-func (r *reader) transposed(cells int, rotated uint32) audit.Matrix {
+func (r *reader) transposed(cells int, rotated uint32) (audit.Matrix, string) {
 	t, size, dims := gguf.Type(r.u32()), r.u32(), r.u32()
 	elements, bytes, known := t.Block()
 	switch {
 	case r.err != nil:
-		return audit.Matrix{}
+		return audit.Matrix{}, ""
 	case !known || !element.Known(t) || elements != 1:
 		r.fail(ErrUnsupported, "transposed values of type %v", t)
 	case uint64(size) != uint64(bytes) || dims == 0 || dims > maxCells:
@@ -243,7 +318,7 @@ func (r *reader) transposed(cells int, rotated uint32) audit.Matrix {
 	}
 	raw := r.take(uint64(size) * uint64(dims) * uint64(cells)) // below 2²·2²⁴·2²⁴
 	if r.err != nil {
-		return audit.Matrix{}
+		return audit.Matrix{}, ""
 	}
 	flat := make([]float32, int(dims)*cells)
 	element.Floats(flat, t, raw)
@@ -254,7 +329,7 @@ func (r *reader) transposed(cells int, rotated uint32) audit.Matrix {
 		}
 	}
 	r.unrotate(m, rotated)
-	return m
+	return m, t.String()
 }
 
 // unrotate takes back the Hadamard rotation that engines apply to quantised caches: its matrix is public, and its own inverse.

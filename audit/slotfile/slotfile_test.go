@@ -1,68 +1,14 @@
 package slotfile
 
 import (
-	"bytes"
-	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
-	"net"
-	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"testing"
-	"time"
 
-	"github.com/kvshield/kvshield/adapters/llamacpp"
+	"github.com/kvshield/kvshield/audit"
 )
-
-const model = "../../examples/model/demo.gguf"
-
-var demo = Shape{Layers: 5, HeadsKV: 2}
-
-// saved is a slot file of a real engine, after a short prompt.
-func saved(t testing.TB, args ...string) (file []byte, tokens []int32) {
-	t.Helper()
-	dir, err := os.MkdirTemp("/tmp", "kvs-slot-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	s, err := llamacpp.StartServer(llamacpp.ServerConfig{Program: "../../.engine/bin/llama-server", Model: model, Socket: filepath.Join(dir, "s.sock"), Env: os.Environ(),
-		Args: append([]string{"-np", "1", "-c", "512", "-t", "1", "--slot-save-path", dir + "/"}, args...)})
-	if err != nil {
-		t.Fatalf("%v; run make engine", err)
-	}
-	t.Cleanup(s.Stop)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	if err := s.WaitHealthy(ctx); err != nil {
-		t.Fatal(err)
-	}
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }}}
-	post := func(path string, request map[string]any, answer any) {
-		body, _ := json.Marshal(request)
-		resp, err := client.Post("http://engine"+path, "application/json", bytes.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		if err := json.NewDecoder(resp.Body).Decode(answer); err != nil || resp.StatusCode != http.StatusOK {
-			t.Fatal(path, resp.Status, err)
-		}
-	}
-	var said struct{ Tokens []int32 }
-	post("/tokenize", map[string]any{"content": "The sea was calm and the sky was clear.", "add_special": true}, &said)
-	post("/completion", map[string]any{"prompt": said.Tokens, "n_predict": 0, "id_slot": 0, "cache_prompt": true}, &struct{}{})
-	post("/slots/0?action=save", map[string]any{"filename": "slot.bin"}, &struct{}{})
-	file, err = os.ReadFile(filepath.Join(dir, "slot.bin"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return file, said.Tokens
-}
 
 func TestRealFiles(t *testing.T) {
 	reference, tokens := saved(t, "-fa", "on", "-ctk", "f32", "-ctv", "f32")
@@ -73,9 +19,11 @@ func TestRealFiles(t *testing.T) {
 	for _, c := range []struct {
 		k, v, fa string
 		within   float64
+		name     string
 	}{
-		{"f32", "f32", "on", 0}, {"f16", "f16", "on", 1e-3}, {"f16", "f16", "off", 2e-3}, {"f32", "f16", "off", 2e-3},
-		{"bf16", "bf16", "on", 8e-3}, {"q8_0", "q8_0", "on", 2e-2}, {"q8_0", "f16", "off", 2e-2},
+		{"f32", "f32", "on", 0, "F32"}, {"f32", "f32", "off", 2e-3, "F32"}, {"f16", "f16", "on", 1e-3, "F16"}, {"f16", "f16", "off", 2e-3, "F16"},
+		{"f32", "f16", "off", 2e-3, "F32 keys, F16 values"}, {"bf16", "bf16", "on", 8e-3, "BF16"}, {"q8_0", "q8_0", "on", 2e-2, "Q8_0"},
+		{"q8_0", "f16", "off", 2e-2, "Q8_0 keys, F16 values"}, {"f16", "q8_0", "on", 2e-2, "F16 keys, Q8_0 values"},
 	} {
 		t.Run(fmt.Sprintf("%s %s fa %s", c.k, c.v, c.fa), func(t *testing.T) {
 			b, _ := saved(t, "-fa", c.fa, "-ctk", c.k, "-ctv", c.v)
@@ -86,15 +34,10 @@ func TestRealFiles(t *testing.T) {
 			if len(f.Tokens) < len(tokens) || !slices.Equal(f.Tokens[:len(tokens)], tokens) {
 				t.Errorf("tokens %v, said %v", f.Tokens, tokens)
 			}
-			for l := range want.Snapshot.Layers {
-				a, b := want.Snapshot.Layers[l], f.Snapshot.Layers[l]
-				if d := away(a.K.Data, b.K.Data); d > c.within {
-					t.Errorf("layer %d: keys are %.4f away", l, d)
-				}
-				if d := away(a.V.Data, b.V.Data); d > c.within {
-					t.Errorf("layer %d: values are %.4f away", l, d)
-				}
+			if f.Snapshot.Type != c.name {
+				t.Errorf("type %q, want %q", f.Snapshot.Type, c.name)
 			}
+			near(t, want.Snapshot, f.Snapshot, c.within)
 			for i, p := range f.Snapshot.Positions {
 				if int(p) != i {
 					t.Fatalf("row %d has position %d", i, p)
@@ -116,58 +59,113 @@ func away(a, b []float32) float64 {
 	return math.Sqrt(d / size)
 }
 
-func TestDamagedFiles(t *testing.T) {
-	whole, _ := saved(t)
-	for n := range len(whole) {
-		if _, err := Parse(whole[:n], demo); err == nil {
-			t.Fatalf("the first %d of %d bytes were taken for a whole file", n, len(whole))
+// near fails when two snapshots are further apart than within, relatively, in any layer.
+func near(t *testing.T, want, got *audit.Snapshot, within float64) {
+	t.Helper()
+	if len(want.Layers) != len(got.Layers) {
+		t.Fatalf("%d layers, want %d", len(got.Layers), len(want.Layers))
+	}
+	for l := range want.Layers {
+		a, b := want.Layers[l], got.Layers[l]
+		if d := away(a.K.Data, b.K.Data); !(d <= within) {
+			t.Errorf("layer %d: keys are %.4f away", l, d)
 		}
-	}
-	with := func(at int, b ...byte) []byte {
-		c := slices.Clone(whole)
-		copy(c[at:], b)
-		return c
-	}
-	other, err := os.ReadFile(model)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []struct {
-		name  string
-		b     []byte
-		shape Shape
-		want  error
-	}{
-		{"empty", nil, demo, ErrNotSlotFile},
-		{"text", []byte("hello, this is no slot file"), demo, ErrNotSlotFile},
-		{"a model", other, demo, ErrNotSlotFile},
-		{"another version", with(4, 9), demo, ErrUnsupported},
-		{"too many tokens", with(8, 255, 255, 255, 255), demo, ErrTruncated},
-		{"more tokens than words", with(0x14, 255, 255), demo, ErrMalformed},
-		{"something behind", append(slices.Clone(whole), 1, 2, 3), demo, ErrUnsupported},
-		{"half of it", whole[:len(whole)/2], demo, ErrTruncated},
-		{"another model's layers", whole, Shape{4, 2}, ErrUnsupported},
-		{"heads that do not divide", whole, Shape{5, 3}, ErrMalformed},
-		{"no heads", whole, Shape{5, 0}, ErrUnsupported},
-	} {
-		if _, err := Parse(c.b, c.shape); !errors.Is(err, c.want) {
-			t.Errorf("%s: %v, want %v", c.name, err, c.want)
+		if d := away(a.V.Data, b.V.Data); !(d <= within) {
+			t.Errorf("layer %d: values are %.4f away", l, d)
 		}
 	}
 }
 
-func FuzzParse(f *testing.F) {
-	for _, args := range [][]string{{"-fa", "on"}, {"-fa", "off"}, {"-ctk", "q8_0", "-ctv", "q8_0"}} {
-		b, _ := saved(f, args...)
-		if len(b) == 0 {
-			f.Fatal("an empty seed")
+// Engines rotate quantised caches of heads of 64 and more: the demo model, told to have one head of 64, does.
+func TestRotatedCache(t *testing.T) {
+	wide := Shape{Layers: 5, HeadsKV: 1}
+	as := []string{"-fa", "on", "--override-kv", "llama.attention.head_count=int:2,llama.attention.head_count_kv=int:1,llama.rope.dimension_count=int:64"}
+	parse := func(args ...string) *File {
+		b, _ := saved(t, append(as, args...)...)
+		f, err := Parse(b, wide)
+		if err != nil {
+			t.Fatal(err)
 		}
-		f.Add(b)
+		return f
 	}
-	f.Fuzz(func(t *testing.T, b []byte) {
-		file, err := Parse(b, demo)
-		if err == nil && file.Snapshot.Check() != nil {
-			t.Error("a snapshot that does not hold together was parsed")
+	want, got := parse("-ctk", "f32", "-ctv", "f32"), parse("-ctk", "q8_0", "-ctv", "q8_0")
+	if want.RotatedK != 0 || want.RotatedV != 0 || got.RotatedK != 64 || got.RotatedV != 64 {
+		t.Errorf("rotations of %d and %d in F32, of %d and %d in Q8_0", want.RotatedK, want.RotatedV, got.RotatedK, got.RotatedV)
+	}
+	near(t, want.Snapshot, got.Snapshot, 2e-2)
+}
+
+// A server of several slots keeps a stream for each, unless told to keep them in one.
+func TestSeveralSlots(t *testing.T) {
+	reference, tokens := saved(t)
+	want, err := Parse(reference, demo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, flag := range []string{"--no-kv-unified", "--kv-unified"} {
+		t.Run(flag, func(t *testing.T) {
+			e := start(t, "-np", "3", flag)
+			e.ask(t, 0, tokens[:3], 0)
+			e.ask(t, 1, tokens, 0)
+			f, err := Read(e.save(t, 1), demo)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(f.Tokens, want.Tokens) {
+				t.Errorf("tokens %v, want %v", f.Tokens, want.Tokens)
+			}
+			near(t, want.Snapshot, f.Snapshot, 1e-3)
+		})
+	}
+}
+
+// After a context shift the cells are no longer in the order of their positions.
+func TestContextShift(t *testing.T) {
+	for _, fa := range []string{"on", "off"} {
+		t.Run("fa "+fa, func(t *testing.T) {
+			e := start(t, "-np", "1", "-c", "256", "--context-shift", "-fa", fa, "-ctk", "f32", "-ctv", "f32")
+			e.ask(t, 0, e.tokenize(t, text), 300)
+			f, err := Read(e.save(t, 0), demo)
+			if err != nil {
+				t.Fatal(err)
+			}
+			checkShifted(t, f)
+		})
+	}
+}
+
+// checkShifted relies on the values of the first layer, which depend on the token alone.
+func checkShifted(t *testing.T, f *File) {
+	t.Helper()
+	s := f.Snapshot
+	if n := s.Tokens(); n != len(f.Tokens) || n < 130 || n > 256 {
+		t.Fatalf("%d rows for %d tokens; want one of each for all that remained of 256", n, len(f.Tokens))
+	}
+	first, again := map[int32]int{}, 0
+	for i, token := range f.Tokens {
+		if s.Position(i) != i {
+			t.Fatalf("row %d has position %d", i, s.Position(i))
 		}
-	})
+		j, seen := first[token]
+		if !seen {
+			first[token] = i
+			continue
+		}
+		again++
+		if d := away(s.Layers[0].V.Row(j), s.Layers[0].V.Row(i)); d > 1e-4 {
+			t.Fatalf("rows %d and %d are of token %d and %.4f away", j, i, token, d)
+		}
+	}
+	if again < 20 {
+		t.Errorf("only %d tokens occur again: too few to tell", again)
+	}
+}
+
+func TestEmptySlot(t *testing.T) {
+	for _, slots := range []string{"1", "2"} {
+		e := start(t, "-np", slots)
+		if _, err := Read(e.save(t, 0), demo); !errors.Is(err, ErrEmpty) {
+			t.Errorf("%s slots: %v, want %v", slots, err, ErrEmpty)
+		}
+	}
 }
