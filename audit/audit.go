@@ -14,6 +14,7 @@ package audit
 import (
 	"context"
 	"errors"
+	"time"
 )
 
 // Attacker is one of docs/threat-model.md: A1 knows the public model and a snapshot of the cache, A2 knows also that it was
@@ -48,6 +49,8 @@ type Evidence struct {
 	Known    []int32  // the first tokens, Attack.Known of them
 	Weights  *Weights // nil for an attacker who sees no weights
 	Engine   Engine   // the attacker's own, with the public model; nil: none
+	// Time is how long an attack may go on that runs the engine for every guess.
+	Time time.Duration
 }
 
 // Guess is what an attack makes of a snapshot.

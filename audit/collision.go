@@ -8,9 +8,8 @@ import (
 )
 
 const (
-	collisionTokens = 48               // of the snapshot that are attacked, from its start
-	collisionTries  = 1024             // candidates for one token
-	collisionTime   = 12 * time.Second // for one snapshot: an engine has to run for every candidate
+	collisionTokens = 48   // of the snapshot that are attacked, from its start
+	collisionTries  = 1024 // candidates for one token
 	// collides is the relative distance below which a candidate is taken at once, mayCollide that below which the best one is, if
 	// it is half as far as the next.
 	collides, mayCollide = 0.01, 0.05
@@ -26,7 +25,7 @@ var collision = Attack{
 			return nil, &Skip{"there is no engine to try tokens with"}
 		}
 		layer := len(e.Snapshot.Layers) / 2
-		c := collider{e, layer, time.Now().Add(collisionTime)}
+		c := collider{e, layer, time.Now().Add(e.Time)}
 		g := &Guess{Tokens: make([]int32, e.Snapshot.Tokens()), Tried: min(collisionTokens, e.Snapshot.Tokens()), Where: fmt.Sprintf("keys and values of layer %d", layer)}
 		for i := range g.Tokens {
 			g.Tokens[i] = -1

