@@ -68,7 +68,7 @@ func (c *Case) attack(ctx context.Context, a Attack, s *Snapshot, limit time.Dur
 }
 
 // How long an attack may run its engine, on the conversation's cache and on a control.
-const engineTime, controlTime = time.Minute, 10 * time.Second
+const engineTime, controlTime = 30 * time.Second, 10 * time.Second
 
 // controlTokens is the length at which controls are run: chance does not depend on it.
 const controlTokens = 512
