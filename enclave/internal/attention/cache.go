@@ -32,16 +32,23 @@ type page struct {
 func NewCache(s Shape, cells int) (*Cache, error) { return newCache(s, cells, best()) }
 
 func newCache(s Shape, cells int, k *kernel) (*Cache, error) {
-	if err := s.validate(); err != nil {
+	if err := s.fits(cells); err != nil {
 		return nil, err
 	}
+	return &Cache{shape: s, cells: cells, kernel: k}, nil
+}
+
+func (s Shape) fits(cells int) error {
+	if err := s.validate(); err != nil {
+		return err
+	}
 	if cells < 1 || cells > MaxCells {
-		return nil, fmt.Errorf("%w: %d cells: from 1 to %d", ErrShape, cells, MaxCells)
+		return fmt.Errorf("%w: %d cells: from 1 to %d", ErrShape, cells, MaxCells)
 	}
 	if s.pageBytes() > secmem.MaxSize {
-		return nil, fmt.Errorf("%w: 256 cells take %d bytes, more than %d", ErrShape, s.pageBytes(), secmem.MaxSize)
+		return fmt.Errorf("%w: 256 cells take %d bytes, more than %d", ErrShape, s.pageBytes(), secmem.MaxSize)
 	}
-	return &Cache{shape: s, cells: cells, kernel: k}, nil
+	return nil
 }
 
 // Shape returns what the cache was made for.
