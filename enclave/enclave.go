@@ -1,12 +1,12 @@
 // Package enclave is the contract of a kvshield enclave: what the untrusted side may ask of it,
 // and nothing that holds a key.
 //
-// Start with [Loader]: Load turns a model into a shielded model. Then [Inverter] undoes the
-// permutation on every layer's attention output. The implementation is in enclave/vault and runs
-// in a process of its own; package plugin carries this contract across the process boundary.
+// Start with [Loader]. In mode permute Load turns a model into a shielded model, and [Inverter] undoes the
+// permutation on every layer's attention output (enclave/vault). In mode resident [Store] keeps keys and values and
+// computes attention over them (enclave/resident). Either runs in a process of its own; package plugin carries this contract across the process boundary.
 //
 // Limits: a shielded model is a permuted model. It stops somebody who reads the KV cache and does
-// not expect a permutation (docs/threat-model.md). Promises: no value of this package ever holds
+// not expect a permutation (docs/modes.md). Promises: no value of this package ever holds
 // key material, and an implementation answers hostile input with an error, never with a panic.
 package enclave
 
@@ -45,6 +45,8 @@ const (
 	// Pass: a file without attention weights of a language model (a projector, a control
 	// vector); the engine opens it as it is.
 	Pass
+	// Reside: a language model whose KV cache the enclave keeps; the engine opens it as it is.
+	Reside
 )
 
 // Model describes a model and what shielding it takes. Nothing in it is secret.

@@ -19,7 +19,7 @@ const patience = 20 * time.Second
 // TestMain makes this binary its own enclave: started as "enclave DIR" it serves, otherwise it tests.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == "enclave" {
-		if err := Serve(Implementation{fake{}, fake{}, fake{}}, os.Args[2]); err != nil {
+		if err := Serve(Implementation{Loader: fake{}, Inverter: fake{}, Attester: fake{}}, os.Args[2]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}

@@ -5,9 +5,11 @@ import (
 	"crypto/subtle"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,7 +27,7 @@ const (
 
 // planes are the data planes of one enclave process, one for each engine process.
 type planes struct {
-	inverter  enclave.Inverter
+	impl      Implementation
 	socketDir string
 	mu        sync.Mutex
 	last      uint32
@@ -35,12 +37,13 @@ type planes struct {
 // plane is one engine's way in. It reaches only the models that this engine has opened.
 type plane struct {
 	inverter enclave.Inverter
+	target   dataplane.Target
 	granted  atomic.Pointer[map[enclave.ModelID]struct{}]
 	stop     func()
 }
 
-func newPlanes(inverter enclave.Inverter, socketDir string) *planes {
-	return &planes{inverter: inverter, socketDir: socketDir, open: map[uint32]*plane{}}
+func newPlanes(impl Implementation, socketDir string) *planes {
+	return &planes{impl: impl, socketDir: socketDir, open: map[uint32]*plane{}}
 }
 
 // Invert implements enclave.Inverter for the models granted to this plane.
@@ -71,9 +74,24 @@ func (s *planes) add(stop func(), p *plane) uint32 {
 }
 
 func (s *planes) newPlane() *plane {
-	p := &plane{inverter: s.inverter}
+	p := &plane{inverter: s.impl.Inverter}
 	p.granted.Store(&map[enclave.ModelID]struct{}{})
+	if s.impl.Inverter != nil {
+		p.target.Inverter = p
+	}
+	if s.impl.Keeper != nil {
+		p.target.Store = s.impl.Keeper.OpenStore(p.models)
+	}
 	return p
+}
+
+func (p *plane) models() []enclave.ModelID { return slices.Collect(maps.Keys(*p.granted.Load())) }
+
+// end wipes what the plane's engine kept in the enclave.
+func (p *plane) end() {
+	if p.target.Store != nil {
+		p.target.Store.Close()
+	}
 }
 
 func (s *planes) attachShared(path string, spin time.Duration) (*pb.AttachReply, error) {
@@ -89,7 +107,8 @@ func (s *planes) attachShared(path string, spin time.Duration) (*pb.AttachReply,
 	p := s.newPlane()
 	go func() {
 		defer region.Close()
-		region.Serve(p, spin)
+		defer p.end()
+		region.Serve(&p.target, spin)
 	}()
 	return &pb.AttachReply{Plane: s.add(region.Stop, p)}, nil
 }
@@ -110,6 +129,7 @@ func (s *planes) attachSocket(capacity uint32) (*pb.AttachReply, error) {
 	w := &way{closers: []io.Closer{l}}
 	id := s.add(w.close, p)
 	go func() {
+		defer p.end()
 		defer w.close() // removes the socket's file
 		_ = l.SetDeadline(time.Now().Add(connectWithin))
 		c, err := l.AcceptUnix()
@@ -118,7 +138,7 @@ func (s *planes) attachSocket(capacity uint32) (*pb.AttachReply, error) {
 		}
 		l.Close()
 		if sentToken(c, token) {
-			_ = dataplane.ServeSocket(c, p, capacity) // the engine's end reports a broken stream
+			_ = dataplane.ServeSocket(c, &p.target, capacity) // the engine's end reports a broken stream
 		}
 	}()
 	return &pb.AttachReply{Plane: id, Address: path, Token: token}, nil

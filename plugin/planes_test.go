@@ -111,7 +111,7 @@ func TestUnknownPlanes(t *testing.T) {
 }
 
 func TestDetachedRegionIsNotAnswered(t *testing.T) {
-	s := newPlanes(fake{}, "")
+	s := newPlanes(Implementation{Inverter: fake{}}, "")
 	f, err := dataplane.Create(capacity)
 	if err != nil {
 		t.Fatal(err)
@@ -145,7 +145,7 @@ func TestDetachedRegionIsNotAnswered(t *testing.T) {
 func procPath(f *os.File) string { return hostPaths([]*os.File{f})[0] }
 
 func TestAttachSharedRefuses(t *testing.T) {
-	s := newPlanes(fake{}, "")
+	s := newPlanes(Implementation{Inverter: fake{}}, "")
 	plain, err := os.CreateTemp(t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
@@ -208,7 +208,7 @@ func askSocket(t *testing.T, conn net.Conn, model enclave.ModelID) (float32, uin
 }
 
 func TestSocketPlane(t *testing.T) {
-	s := newPlanes(fake{}, socketDir(t))
+	s := newPlanes(Implementation{Inverter: fake{}}, socketDir(t))
 	id, address, token := attachSocket(t, s)
 	conn := dialPlane(t, address, token)
 	if _, status := askSocket(t, conn, 1); status != frame.StatusUnknownModel {
@@ -239,7 +239,7 @@ func expectHangUp(t *testing.T, conn net.Conn) {
 }
 
 func TestSocketPlaneWithoutItsToken(t *testing.T) {
-	s := newPlanes(fake{}, socketDir(t))
+	s := newPlanes(Implementation{Inverter: fake{}}, socketDir(t))
 	for name, change := range map[string]func([]byte) []byte{
 		"wrong": func(b []byte) []byte { b[tokenSize-1] ^= 1; return b },
 		"zeros": func([]byte) []byte { return make([]byte, tokenSize) },
@@ -258,7 +258,7 @@ func TestSocketPlaneWithoutItsToken(t *testing.T) {
 }
 
 func TestTokensDiffer(t *testing.T) {
-	s := newPlanes(fake{}, socketDir(t))
+	s := newPlanes(Implementation{Inverter: fake{}}, socketDir(t))
 	_, _, a := attachSocket(t, s)
 	_, _, b := attachSocket(t, s)
 	if len(a) != tokenSize || bytes.Equal(a, b) {
@@ -267,7 +267,7 @@ func TestTokensDiffer(t *testing.T) {
 }
 
 func TestDetachBeforeAnyConnection(t *testing.T) {
-	s := newPlanes(fake{}, socketDir(t))
+	s := newPlanes(Implementation{Inverter: fake{}}, socketDir(t))
 	id, address, _ := attachSocket(t, s)
 	if err := s.detach(id); err != nil {
 		t.Fatal(err)
@@ -278,7 +278,7 @@ func TestDetachBeforeAnyConnection(t *testing.T) {
 }
 
 func TestAttachSocketRefusesCapacity(t *testing.T) {
-	s := newPlanes(fake{}, socketDir(t))
+	s := newPlanes(Implementation{Inverter: fake{}}, socketDir(t))
 	for _, n := range []uint32{0, 3, maxCapacity + 4} {
 		if _, err := s.attachSocket(n); err == nil {
 			t.Errorf("a capacity of %d was taken", n)

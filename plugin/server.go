@@ -17,6 +17,8 @@ type Implementation struct {
 	enclave.Loader
 	enclave.Inverter
 	enclave.Attester
+	// Keeper, in mode resident; nil in others. Then there is no Inverter.
+	Keeper enclave.Keeper
 }
 
 // Serve answers the host that started this process, until it hangs up. SocketDir is where the data plane's sockets
@@ -46,7 +48,7 @@ type server struct {
 }
 
 func newServer(impl Implementation, socketDir string) *server {
-	return &server{impl: impl, planes: newPlanes(impl.Inverter, socketDir)}
+	return &server{impl: impl, planes: newPlanes(impl, socketDir)}
 }
 
 func (s *server) Attest(ctx context.Context, r *pb.AttestRequest) (*pb.AttestReply, error) {

@@ -119,7 +119,7 @@ func (f *fake) attachShared() (*os.File, func(), error) {
 	}
 	served, stop := make(chan struct{}), region.Stop
 	if f.respond == nil {
-		go func() { defer close(served); region.Serve(f.inverter, 0) }()
+		go func() { defer close(served); region.Serve(&dataplane.Target{Inverter: f.inverter}, 0) }()
 	} else {
 		raw, err := unix.Mmap(int(file.Fd()), 0, int(dataplane.Size(f.capacity)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 		if err != nil {
@@ -176,7 +176,7 @@ func (f *fake) attachSocket() (*os.File, func(), error) {
 	go func() {
 		defer close(served)
 		if f.respond == nil {
-			_ = dataplane.ServeSocket(conn, f.inverter, f.capacity)
+			_ = dataplane.ServeSocket(conn, &dataplane.Target{Inverter: f.inverter}, f.capacity)
 			return
 		}
 		f.serveRawSocket(conn)

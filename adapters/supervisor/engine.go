@@ -24,6 +24,7 @@ type engine struct {
 	plane   uint32            // 0 while there is none
 	region  *dataplane.Region // nil with the socket transport
 	sets    []*modelSet
+	resides []residing
 }
 
 func (e *engine) statistics() dataplane.Statistics {
@@ -59,7 +60,8 @@ func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello
 
 func (s *Supervisor) welcome() session.Welcome {
 	return session.Welcome{Transport: s.cfg.Transport, Capacity: s.cfg.Capacity, SpinMicro: uint32(s.cfg.Spin.Microseconds()),
-		TimeoutMS: uint32(s.cfg.Timeout.Milliseconds()), Dumps: s.cfg.Audit, Observe: s.cfg.Observe}
+		TimeoutMS: uint32(s.cfg.Timeout.Milliseconds()), Dumps: s.cfg.Audit, Observe: s.cfg.Observe,
+		Resident: s.cfg.Resident, Scrub: s.cfg.Scrub}
 }
 
 // adopt is false when the enclave died meanwhile: the engines that it had were already told to end.
@@ -136,25 +138,29 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 	var file *os.File
 	var err error
 	if !s.cfg.Observe {
-		opened, file, err = e.open(ctx, path, model)
+		opened, file, err = e.open(ctx, path, model, s.cfg.Resident)
 	}
 	s.mu.Lock()
 	switch {
 	case err != nil:
 		s.events.Refusals = note(s.events.Refusals, fmt.Sprintf("%s: %v", path, err))
-	case opened.Shield:
+	case opened.Shield, opened.Reside:
 		s.events.Shielded++
 	default:
 		s.events.Passed++
 	}
 	s.mu.Unlock()
-	s.cfg.Log.Debug("an engine opened a model", "pid", p.PID, "model", filepath.Base(path), "shielded", opened.Shield, "error", err)
+	s.cfg.Log.Debug("an engine opened a model", "pid", p.PID, "model", filepath.Base(path), "shielded", opened.Shield || opened.Reside, "error", err)
 	return opened, file, err
 }
 
-func (e *engine) open(ctx context.Context, path string, model *os.File) (session.Opened, *os.File, error) {
+func (e *engine) open(ctx context.Context, path string, model *os.File, resident bool) (session.Opened, *os.File, error) {
 	if opened, f, err := e.laterSplit(path, model); !errors.Is(err, errNotOfSet) {
 		return opened, f, err
+	}
+	if resident {
+		opened, err := e.admit(ctx, path, model)
+		return opened, nil, err
 	}
 	set, err := loadSet(ctx, e.enclave, modelPath{path, e.directory()}, model)
 	if err != nil || set == nil {
@@ -219,6 +225,9 @@ func (e *engine) release(log func(string, ...any)) {
 	for _, set := range e.sets {
 		set.discard()
 		report("model", e.enclave.Unload(ctx, set.id))
+	}
+	for _, r := range e.resides {
+		report("model", e.enclave.Unload(ctx, r.id))
 	}
 	if e.region != nil {
 		report("region", e.region.Close())

@@ -32,13 +32,16 @@ type Config struct {
 	Enclave   string            // path of the enclave's program
 	Args      []string          // arguments of the enclave's program, before the runtime directory's
 	Transport session.Transport // of the data plane; zero: shared memory
-	Capacity  uint32            // payload bytes of a frame; zero: dataplane.DefaultCapacity
+	Capacity  uint32            // payload bytes of a frame; zero: a default for the mode
 	Spin      time.Duration     // how long each end spins before it sleeps
 	Timeout   time.Duration     // how long an engine waits for the enclave before it ends; zero: 10 s
 	Log       *slog.Logger
 	// Audit lets [Supervisor.Dump] read the engines' memory through their hooks. With Observe nothing is shielded either: no
 	// enclave is started, and the engines run as stock ones. For package audit; nothing else sets them.
 	Audit, Observe bool
+	// Resident keeps KV caches in the enclave, whose program must have been told so by Args. Scrub has what they were made
+	// from wiped in the engine.
+	Resident, Scrub bool
 	// EnclaveLost is called when the enclave died, after the engines were told to end; EnclaveBack when another
 	// one answers. Either may be nil.
 	EnclaveLost, EnclaveBack func()
@@ -88,6 +91,9 @@ func New(ctx context.Context, cfg Config) (*Supervisor, error) {
 	}
 	if cfg.Capacity == 0 {
 		cfg.Capacity = dataplane.DefaultCapacity
+		if cfg.Resident {
+			cfg.Capacity = dataplane.ResidentCapacity
+		}
 	}
 	if cfg.Timeout == 0 {
 		cfg.Timeout = 10 * time.Second
@@ -237,7 +243,7 @@ func (s *Supervisor) loseEnclave() {
 	}
 	s.mu.Unlock()
 	s.cfg.Log.Error("the enclave process died; engines that used it are ended", "engines", len(pids))
-	s.server.Stop("the enclave process died; this engine ends because its attention outputs can no longer be inverted")
+	s.server.Stop("the enclave process died; this engine ends because it cannot go on without it")
 	time.AfterFunc(killAfter, func() { s.killGreeted(pids) })
 	if s.cfg.EnclaveLost != nil {
 		s.cfg.EnclaveLost()

@@ -23,15 +23,18 @@ const heapLimit = 48 << 20
 
 func main() {
 	backend := flag.String("tee", "auto", "TEE backend: sgx, software, or auto")
+	mode := flag.String("mode", "permute", "permute or resident")
+	var r residentFlags
+	r.register()
 	dir := flag.String("runtime-dir", "", "directory for sockets, closed to other users")
 	flag.Parse()
-	if err := run(*backend, *dir); err != nil {
+	if err := run(*backend, *dir, *mode, r); err != nil {
 		fmt.Fprintln(os.Stderr, "kvshield-enclave:", err)
 		os.Exit(1)
 	}
 }
 
-func run(backend, dir string) error {
+func run(backend, dir, mode string, r residentFlags) error {
 	if os.Getenv("KVSHIELD_PLUGIN_COOKIE") == "" {
 		return fmt.Errorf("this program is started by kvshield; run `kvshield --help`")
 	}
@@ -44,8 +47,25 @@ func run(backend, dir string) error {
 		return err
 	}
 	removeWhenOrphaned(dir)
-	v := vault.New(vault.Options{})
-	return plugin.Serve(plugin.Implementation{Loader: v, Inverter: v, Attester: attester{t}}, dir)
+	impl, err := implementation(mode, r)
+	if err != nil {
+		return err
+	}
+	impl.Attester = attester{t}
+	return plugin.Serve(impl, dir)
+}
+
+func implementation(mode string, r residentFlags) (plugin.Implementation, error) {
+	switch mode {
+	case "permute":
+		v := vault.New(vault.Options{})
+		return plugin.Implementation{Loader: v, Inverter: v}, nil
+	case "resident":
+		register := vault.NewRegister()
+		keeper, err := r.keeper(register.Digest)
+		return plugin.Implementation{Loader: register, Keeper: keeper}, err
+	}
+	return plugin.Implementation{}, fmt.Errorf("there is no mode %q", mode)
 }
 
 type attester struct{ tee.Backend }

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,9 +18,14 @@ import (
 )
 
 const (
-	modePermute = "permute"
-	modeOff     = "off"
+	modeResident = "resident"
+	modePermute  = "permute"
+	modeOff      = "off"
+	defaultMode  = modeResident
 )
+
+// modes in the order of what they stop.
+var modes = []string{modeResident, modePermute, modeOff}
 
 // options are the flags that every shielded run shares.
 type options struct {
@@ -31,11 +38,12 @@ type options struct {
 	spin      string
 	timeout   time.Duration
 	logLevel  string
+	resident  residentOptions
 }
 
 func (o *options) register(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&o.mode, "mode", modePermute, "what the accelerator's cache holds: permute (stops an attacker who does not expect it; see docs/threat-model.md) or off (in clear)")
-	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{modePermute, modeOff}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.Flags().StringVar(&o.mode, "mode", defaultMode, "what the accelerator's cache holds: resident (zeros: it lives in the enclave), permute (permuted: stops an attacker who does not expect it) or off (in clear); see docs/modes.md")
+	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions(modes, cobra.ShellCompDirectiveNoFileComp))
 	o.registerShield(cmd)
 }
 
@@ -46,10 +54,11 @@ func (o *options) registerShield(cmd *cobra.Command) {
 	f.StringVar(&o.enclave, "enclave", "", "the enclave's program (default: kvshield-enclave beside this command)")
 	f.StringVar(&o.hook, "hook", "", "the hook library (default: libkvshield.so beside this command)")
 	f.StringVar(&o.dataPlane, "data-plane", "shm", "how attention outputs travel: shm (shared memory) or socket")
-	f.IntVar(&o.capacity, "data-plane-bytes", dataplane.DefaultCapacity, "how many bytes of rows one frame carries")
+	f.IntVar(&o.capacity, "data-plane-bytes", 0, fmt.Sprintf("how many bytes one frame carries (0: %d, in mode resident %d)", dataplane.DefaultCapacity, dataplane.ResidentCapacity))
 	f.StringVar(&o.spin, "spin", "auto", "how long each end of the data plane spins before it sleeps, such as 20us (auto: 0 on few cores)")
 	f.DurationVar(&o.timeout, "enclave-timeout", 10*time.Second, "how long an engine waits for the enclave before it is ended")
 	f.StringVar(&o.logLevel, "log-level", "warn", "debug, info, warn or error")
+	o.resident.register(f)
 	_ = cmd.RegisterFlagCompletionFunc("tee", cobra.FixedCompletions([]string{"auto", "sgx", "software"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("data-plane", cobra.FixedCompletions([]string{"shm", "socket"}, cobra.ShellCompDirectiveNoFileComp))
 }
@@ -57,13 +66,10 @@ func (o *options) registerShield(cmd *cobra.Command) {
 func (o *options) checkMode() error { return checkMode(o.mode) }
 
 func checkMode(mode string) error {
-	switch mode {
-	case modePermute, modeOff:
+	if slices.Contains(modes, mode) {
 		return nil
-	case "resident":
-		return usagef("mode resident is not in this version; use --mode permute or --mode off")
 	}
-	return usagef("there is no mode %q; use --mode permute or --mode off", mode)
+	return usagef("there is no mode %q; use --mode %s", mode, strings.Join(modes, ", "))
 }
 
 // logger writes text lines to standard error.
@@ -89,16 +95,22 @@ func (o *options) config() (supervisor.Config, error) {
 	if err != nil {
 		return supervisor.Config{}, err
 	}
-	if o.capacity <= 0 || o.capacity%4096 != 0 || o.capacity > 1<<30 {
+	if o.capacity < 0 || o.capacity%4096 != 0 || o.capacity > 1<<30 {
 		return supervisor.Config{}, usagef("--data-plane-bytes %d: it takes a multiple of 4096 up to 1 GiB", o.capacity)
 	}
 	if o.timeout < 10*time.Millisecond || o.timeout > time.Hour {
 		return supervisor.Config{}, usagef("--enclave-timeout %v: it takes 10ms to 1h", o.timeout)
 	}
+	args, err := o.resident.arguments(o.mode)
+	if err != nil {
+		return supervisor.Config{}, err
+	}
 	return supervisor.Config{
 		Hook:      besides(o.hook, "libkvshield.so"),
 		Enclave:   besides(o.enclave, "kvshield-enclave"),
-		Args:      []string{"--tee", o.tee},
+		Args:      append([]string{"--tee", o.tee}, args...),
+		Resident:  o.mode == modeResident,
+		Scrub:     o.mode == modeResident && o.resident.scrub,
 		Transport: transport,
 		Capacity:  uint32(o.capacity),
 		Spin:      spin,

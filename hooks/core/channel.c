@@ -19,13 +19,14 @@
 #include <unistd.h>
 
 #define FRAME_MAGIC 0x4653564bu /* "KVSF" */
-#define FRAME_VERSION 1
+#define FRAME_VERSION 2
 #define SHM_MAGIC 0x4d53564bu /* "KVSM" */
 #define PAGE 4096
 #define BUCKETS 160 /* 8 per power of two of nanoseconds, from 1024 ns up */
 
 enum { TRANSPORT_SHM = 1, TRANSPORT_SOCKET = 2 };
-enum { FRAME_INVERT = 1, FRAME_REPLY = 2, FRAME_ERROR = 3 };
+enum { FRAME_INVERT = 1, FRAME_REPLY = 2, FRAME_ERROR = 3, FRAME_ANSWER = 14 };
+#define ERROR_TEXT_MAX 512
 
 struct frame_header {
     uint32_t magic;
@@ -233,14 +234,40 @@ static void check_reply(const struct frame_header *want, const struct frame_head
 {
     if (got->magic != FRAME_MAGIC || got->version != FRAME_VERSION)
         kvs_die("the enclave's answer is not a frame of version %d", FRAME_VERSION);
-    if (got->type == FRAME_ERROR)
-        kvs_die("the enclave refused layer %u of model %u (error %u)", want->layer, want->model, got->status);
     if (got->sequence != want->sequence)
         kvs_die("the enclave answered with sequence number %llu instead of %llu", (unsigned long long)got->sequence,
                 (unsigned long long)want->sequence);
-    if (got->type != FRAME_REPLY || got->status != 0 || got->model != want->model || got->layer != want->layer ||
-        got->rows != want->rows || got->row_bytes != want->row_bytes || got->payload != want->payload)
+    if (got->type == FRAME_ERROR)
+        return;
+    bool rows = want->type == FRAME_INVERT;
+    if (got->type != (rows ? FRAME_REPLY : FRAME_ANSWER) || got->status != 0 || got->model != want->model ||
+        got->layer != want->layer || got->rows != want->rows || got->row_bytes != want->row_bytes ||
+        (rows ? got->payload != want->payload : got->payload > channel.capacity))
         kvs_die("the enclave's answer for layer %u does not fit the question", want->layer);
+}
+
+/* Sends the request whose payload lies in request_rows, and returns the answer's header, checked; it may be an error. */
+static struct frame_header exchange(struct frame_header *want)
+{
+    want->magic = FRAME_MAGIC;
+    want->version = FRAME_VERSION;
+    want->sequence = ++channel.sequence;
+    *channel.request = *want;
+    if (!(channel.transport == TRANSPORT_SHM ? exchange_shm() : exchange_socket()))
+        kvs_die("the enclave did not answer within %u ms; it is frozen, overloaded or gone", channel.timeout_ms);
+    struct frame_header got = *channel.reply; /* checked and used from a copy: the peer may go on writing */
+    check_reply(want, &got);
+    return got;
+}
+
+static void error_text(const struct frame_header *got, char *text, size_t len)
+{
+    size_t n = got->payload <= ERROR_TEXT_MAX ? got->payload : 0;
+    n = n < len ? n : len - 1;
+    memcpy(text, channel.reply_rows, n);
+    text[n] = 0;
+    if (n == 0)
+        snprintf(text, len, "error %u", got->status);
 }
 
 static size_t bucket(int64_t ns)
@@ -265,22 +292,58 @@ void kvs_channel_transition(const struct kvs_frame *f, kvs_rows_get get, kvs_row
 {
     pthread_mutex_lock(&channel.turn);
     int64_t start = now_ns();
-    struct frame_header want = {.magic = FRAME_MAGIC,
-                                .version = FRAME_VERSION,
-                                .type = FRAME_INVERT,
+    struct frame_header want = {.type = FRAME_INVERT,
                                 .model = f->model,
                                 .layer = f->layer,
                                 .rows = f->rows,
                                 .row_bytes = f->row_bytes,
-                                .sequence = ++channel.sequence,
                                 .payload = f->rows * f->row_bytes};
-    *channel.request = want;
     get(user, channel.request_rows, want.payload);
-    if (!(channel.transport == TRANSPORT_SHM ? exchange_shm() : exchange_socket()))
-        kvs_die("the enclave did not answer within %u ms; it is frozen, overloaded or gone", channel.timeout_ms);
-    struct frame_header got = *channel.reply; /* checked and used from a copy: the peer may go on writing */
-    check_reply(&want, &got);
+    struct frame_header got = exchange(&want);
+    if (got.type == FRAME_ERROR)
+        kvs_die("the enclave refused layer %u of model %u (error %u)", want.layer, want.model, got.status);
     put(user, channel.reply_rows, want.payload);
     record(now_ns() - start, want.payload);
+    pthread_mutex_unlock(&channel.turn);
+}
+
+size_t kvs_channel_capacity(void)
+{
+    return channel.capacity;
+}
+
+uint8_t *kvs_channel_begin(struct kvs_call *call)
+{
+    pthread_mutex_lock(&channel.turn);
+    call->start = now_ns();
+    call->capacity = channel.capacity;
+    call->refusal[0] = 0;
+    return channel.request_rows;
+}
+
+const uint8_t *kvs_channel_try(struct kvs_call *call)
+{
+    struct frame_header want = {.type = (uint16_t)call->type, .model = call->id, .layer = call->layer, .payload = call->payload};
+    struct frame_header got = exchange(&want);
+    if (got.type == FRAME_ERROR) {
+        error_text(&got, call->refusal, sizeof call->refusal);
+        return NULL;
+    }
+    call->answer = got.payload;
+    return channel.reply_rows;
+}
+
+const uint8_t *kvs_channel_call(struct kvs_call *call)
+{
+    const uint8_t *answer = kvs_channel_try(call);
+    if (!answer)
+        kvs_die("the enclave refused layer %u (request %u): %s", call->layer, call->type, call->refusal);
+    return answer;
+}
+
+void kvs_channel_end(const struct kvs_call *call)
+{
+    if (call->type == KVS_ATTEND)
+        record(now_ns() - call->start, call->payload);
     pthread_mutex_unlock(&channel.turn);
 }

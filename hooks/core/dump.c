@@ -33,23 +33,6 @@ struct record {
     uint64_t reserved[2];
 };
 
-struct ggml_backend_buffer;
-
-/* Functions that nothing but a dump needs, and where a tensor names its buffer. */
-struct kvs_backend {
-    char missing[160]; /* why there can be no dump; empty when there can */
-    void *(*get_base)(struct ggml_backend_buffer *);
-    size_t (*get_size)(struct ggml_backend_buffer *);
-    const char *(*get_name)(struct ggml_backend_buffer *);
-    bool (*is_host)(struct ggml_backend_buffer *);
-    int (*tensor_alloc)(struct ggml_backend_buffer *, struct ggml_tensor *, void *);
-    struct ggml_backend_buffer *(*alloc_buffer)(void *, size_t);
-    void (*free_buffer)(struct ggml_backend_buffer *);
-    void *(*cpu_type)(void);
-    void (*synchronize)(void *);
-    size_t buffer; /* offset of the member */
-};
-
 /* One dump in progress. */
 struct dump {
     struct kvs_ggml *g;
@@ -63,60 +46,6 @@ struct dump {
     size_t buffer_count;
     bool flash, attention;
 };
-
-static bool probe_buffer(struct kvs_ggml *g, struct kvs_backend *b, struct ggml_context *ctx)
-{
-    struct ggml_tensor *placed = g->new_tensor_2d(ctx, KVS_GGML_TYPE_I8, 64, 1);
-    struct ggml_tensor *other = g->new_tensor_2d(ctx, KVS_GGML_TYPE_I8, 64, 1);
-    struct ggml_backend_buffer *buffer = placed && other ? b->alloc_buffer(b->cpu_type(), 4096) : NULL;
-    if (!buffer)
-        return false;
-    b->tensor_alloc(buffer, placed, b->get_base(buffer));
-    b->buffer = kvs_layout_pointer(g, placed, other, buffer);
-    b->free_buffer(buffer);
-    return b->buffer != (size_t)-1;
-}
-
-static void resolve(struct kvs_ggml *g, struct kvs_backend *b)
-{
-    static const struct {
-        const char *name;
-        size_t member;
-    } functions[] = {
-        {"ggml_backend_buffer_get_base", offsetof(struct kvs_backend, get_base)},
-        {"ggml_backend_buffer_get_size", offsetof(struct kvs_backend, get_size)},
-        {"ggml_backend_buffer_name", offsetof(struct kvs_backend, get_name)},
-        {"ggml_backend_buffer_is_host", offsetof(struct kvs_backend, is_host)},
-        {"ggml_backend_tensor_alloc", offsetof(struct kvs_backend, tensor_alloc)},
-        {"ggml_backend_buft_alloc_buffer", offsetof(struct kvs_backend, alloc_buffer)},
-        {"ggml_backend_buffer_free", offsetof(struct kvs_backend, free_buffer)},
-        {"ggml_backend_cpu_buffer_type", offsetof(struct kvs_backend, cpu_type)},
-        {"ggml_backend_sched_synchronize", offsetof(struct kvs_backend, synchronize)},
-    };
-    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
-        void *f = g->find ? g->find(g, functions[i].name) : NULL;
-        if (!f)
-            snprintf(b->missing, sizeof b->missing, "this engine's ggml has no function %s, which a dump needs",
-                     functions[i].name);
-        memcpy((char *)b + functions[i].member, &f, sizeof f);
-    }
-}
-
-/* NULL, or why there can be no dump. */
-static const char *find_backend(struct kvs_ggml *g, struct ggml_context *ctx)
-{
-    if (!g->backend) {
-        struct kvs_backend *b = calloc(1, sizeof *b);
-        if (!b)
-            return "out of memory";
-        resolve(g, b);
-        if (!b->missing[0] && !probe_buffer(g, b, ctx))
-            snprintf(b->missing, sizeof b->missing, "a tensor of this engine's ggml (%s) does not tell in which buffer it lies",
-                     g->version());
-        g->backend = b;
-    }
-    return g->backend->missing[0] ? g->backend->missing : NULL;
-}
 
 static void put(struct dump *d, const void *data, size_t len)
 {
@@ -132,11 +61,6 @@ static void put(struct dump *d, const void *data, size_t len)
         p += n;
         len -= (size_t)n;
     }
-}
-
-static struct ggml_backend_buffer *buffer_of(const struct dump *d, const struct ggml_tensor *t)
-{
-    return *(struct ggml_backend_buffer *const *)(const void *)((const char *)t + d->g->backend->buffer);
 }
 
 /*
@@ -168,7 +92,7 @@ static void put_tensor(struct dump *d, const struct ggml_tensor *t)
     struct record r = {.kind = kvs_is_cache(name) ? CACHE : WEIGHT, .type = (uint32_t)kvs_type(d->g, t)};
     memcpy(r.ne, kvs_ne(d->g, t), sizeof r.ne);
     memcpy(r.name, name, strnlen(name, sizeof r.name - 1));
-    if (readable(d, buffer_of(d, t)) && d->g->is_contiguous(t))
+    if (readable(d, kvs_buffer(d->g, t)) && d->g->is_contiguous(t))
         r.bytes = d->g->nbytes(t);
     put(d, &r, sizeof r);
     put_data(d, t, r.bytes);
@@ -218,7 +142,7 @@ static void want_tensor(struct dump *d, const struct ggml_tensor *t)
 
 static void want_buffer(struct dump *d, const struct ggml_tensor *node)
 {
-    struct ggml_backend_buffer *buffer = buffer_of(d, node);
+    struct ggml_backend_buffer *buffer = kvs_buffer(d->g, node);
     if (!buffer || kvs_view_src(d->g, node))
         return;
     for (size_t i = 0; i < d->buffer_count; i++)
@@ -283,7 +207,7 @@ static const char *make(struct dump *d, void *sched, struct ggml_cgraph *graph)
     d->ctx = d->g->init((struct kvs_ggml_init_params){(size_t)256 << 10, NULL, true});
     pthread_mutex_lock(&one);
     if (d->chunk && d->ctx)
-        refusal = find_backend(d->g, d->ctx);
+        refusal = kvs_backend_find(d->g);
     if (!refusal)
         refusal = write_dump(d, sched, graph);
     pthread_mutex_unlock(&one);

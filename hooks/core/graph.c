@@ -23,6 +23,8 @@ struct sched_state {
     void *host_user;
     bool host_wants, host_stopped;
     struct kvs_model *model;
+    struct kvs_plan *plan;  /* mode resident's; NULL in mode permute */
+    bool resident;          /* the graph being computed has steps of the plan */
     struct target *targets; /* in the order in which they are computed */
     size_t count, capacity, next;
     struct sched_state *link;
@@ -243,16 +245,23 @@ static void invert(struct sched_state *s, const struct target *t)
     }
 }
 
+static bool wants(const struct sched_state *s, const struct ggml_tensor *t)
+{
+    return s->resident ? kvs_resident_wants(s->plan, t) : s->next < s->count && s->targets[s->next].tensor == t;
+}
+
 /* The scheduler asks about every node, and calls again once a wanted one has been computed. */
 static bool evaluate(struct ggml_tensor *t, bool ask, void *user)
 {
     struct sched_state *s = user;
-    bool ours = s->next < s->count && s->targets[s->next].tensor == t;
+    bool ours = wants(s, t);
     if (ask) {
         s->host_wants = s->host && s->host(t, true, s->host_user);
         return ours || s->host_wants;
     }
-    if (ours)
+    if (ours && s->resident)
+        kvs_resident_attend(s->g, s->plan);
+    else if (ours)
         invert(s, &s->targets[s->next++]);
     if (s->host_wants && !s->host(t, false, s->host_user)) {
         s->host_stopped = true;
@@ -261,24 +270,47 @@ static bool evaluate(struct ggml_tensor *t, bool ask, void *user)
     return true;
 }
 
+static long missing_layer(const struct sched_state *s)
+{
+    if (s->resident)
+        return kvs_resident_missing(s->plan);
+    return s->next != s->count ? (long)s->targets[s->next].layer : -1;
+}
+
+#define KVS_GGML_STATUS_ALLOC_FAILED (-2)
+
 int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
 {
     struct sched_state *s = state_of(g, sched);
-    if (kvs_session_observes())
-        s->count = 0;
-    else
+    s->count = 0;
+    s->resident = false;
+    if (kvs_session_resident())
+        s->resident = kvs_resident_scan(g, graph, &s->plan);
+    else if (!kvs_session_observes())
         scan(s, graph);
     kvs_dump(g, sched, graph);
-    if (s->count == 0) {
+    if (s->resident && !kvs_resident_begin(g, s->plan, graph))
+        return KVS_GGML_STATUS_ALLOC_FAILED;
+    if (s->count == 0 && !s->resident) {
         g->set_eval_callback(sched, s->host, s->host_user);
         return g->graph_compute_async(sched, graph);
     }
     s->host_stopped = false;
     g->set_eval_callback(sched, evaluate, s);
     int status = g->graph_compute_async(sched, graph);
-    if (status == KVS_GGML_STATUS_SUCCESS && s->next != s->count && !s->host_stopped)
-        kvs_die("the engine passed over the attention output of layer %u", s->targets[s->next].layer);
+    long missing = missing_layer(s);
+    if (status == KVS_GGML_STATUS_SUCCESS && missing >= 0 && !s->host_stopped)
+        kvs_die("the engine passed over the attention output of layer %ld", missing);
+    if (s->resident)
+        kvs_resident_end(g, s->plan, sched, graph);
     return status;
+}
+
+bool kvs_graph_reserve(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
+{
+    if (kvs_session_resident() && !kvs_resident_reserve(g, graph))
+        return false;
+    return g->sched_reserve(sched, graph);
 }
 
 void kvs_host_callback(struct kvs_ggml *g, void *sched, kvs_eval_callback cb, void *user)

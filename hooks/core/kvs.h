@@ -23,6 +23,7 @@ struct ggml_tensor;
 struct ggml_context;
 struct ggml_cgraph;
 struct gguf_context;
+struct ggml_backend_buffer;
 typedef bool (*kvs_eval_callback)(struct ggml_tensor *tensor, bool ask, void *user);
 
 /* Passed by value through the engine's ABI: the same members in the same order as ggml's own. */
@@ -38,7 +39,8 @@ struct kvs_gguf_init_params {
 
 /* Where the members that the hook reads lie in this ggml's struct ggml_tensor. */
 struct kvs_layout {
-    size_t type, ne, src, view_src, name;
+    size_t type, ne, nb, op, flags, src, view_src, name;
+    int output;       /* the flag of a tensor that a graph is computed for */
     size_t rope_base; /* of a ROPE node: the base of its frequencies among its parameters */
 };
 
@@ -49,7 +51,8 @@ struct kvs_ggml {
     const void *caller; /* load address of the library that called us */
     bool is_llama;      /* the caller is libllama, so a GGUF it opens is a model */
     struct kvs_layout layout;
-    struct kvs_backend *backend; /* dump.c's; NULL until a dump is made */
+    struct kvs_backend *backend; /* backend.c's; NULL until it is asked for */
+    uint8_t ops[256];            /* resident.c's: what an operation's number means in this ggml, once seen */
     void *(*find)(const struct kvs_ggml *, const char *name); /* another function of this ggml, or NULL */
     const char *(*version)(void);
     struct ggml_context *(*init)(struct kvs_ggml_init_params);
@@ -62,6 +65,8 @@ struct kvs_ggml {
     const char *(*get_name)(const struct ggml_tensor *);
     struct ggml_tensor *(*set_name)(struct ggml_tensor *, const char *);
     const char *(*op_desc)(const struct ggml_tensor *);
+    void (*set_output)(struct ggml_tensor *);
+    void *(*get_data)(const struct ggml_tensor *);
     size_t (*nbytes)(const struct ggml_tensor *);
     bool (*is_contiguous)(const struct ggml_tensor *);
     int (*graph_n_nodes)(struct ggml_cgraph *);
@@ -70,12 +75,20 @@ struct kvs_ggml {
     void (*tensor_set)(struct ggml_tensor *, const void *, size_t, size_t);
     void (*set_eval_callback)(void *, kvs_eval_callback, void *);
     int (*graph_compute_async)(void *, struct ggml_cgraph *);
+    bool (*sched_reserve)(void *, struct ggml_cgraph *);
+    void (*buffer_clear)(struct ggml_backend_buffer *, uint8_t);
+    void (*buffer_free)(struct ggml_backend_buffer *);
+    void (*tensor_copy)(struct ggml_tensor *, struct ggml_tensor *);
     struct gguf_context *(*gguf_init_from_file)(const char *, struct kvs_gguf_init_params);
     struct gguf_context *(*gguf_init_from_file_ptr)(FILE *, struct kvs_gguf_init_params); /* may be NULL */
     FILE *(*fopen)(const char *, const char *);
 };
 
 #define KVS_GGML_TYPE_F32 0
+#define KVS_GGML_TYPE_F16 1
+#define KVS_GGML_TYPE_Q8_0 8
+#define KVS_GGML_TYPE_BF16 30
+#define KVS_GGML_MAX_SRC 10
 #define KVS_GGML_TYPE_I8 24
 #define KVS_GGML_TYPE_I32 26
 #define KVS_GGML_STATUS_SUCCESS 0
@@ -96,6 +109,18 @@ static inline const int64_t *kvs_ne(const struct kvs_ggml *g, const struct ggml_
 {
     return (const int64_t *)(const void *)((const char *)t + g->layout.ne);
 }
+static inline const size_t *kvs_nb(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return (const size_t *)(const void *)((const char *)t + g->layout.nb);
+}
+static inline int *kvs_op_of(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return (int *)(void *)((char *)(uintptr_t)t + g->layout.op);
+}
+static inline bool kvs_is_output(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return *(const int *)(const void *)((const char *)t + g->layout.flags) & g->layout.output;
+}
 static inline int kvs_type(const struct kvs_ggml *g, const struct ggml_tensor *t)
 {
     return *(const int *)(const void *)((const char *)t + g->layout.type);
@@ -111,6 +136,19 @@ static inline struct kvs_rope kvs_rope_of(const struct kvs_ggml *g, const struct
     const char *base = (const char *)t + g->layout.rope_base;
     return (struct kvs_rope){*(const int32_t *)(const void *)(base - 16), *(const float *)(const void *)base,
                              *(const float *)(const void *)(base + 8)};
+}
+
+/* A node's parameter by its index, each of 4 bytes; those of ROPE tell where they begin. */
+static inline int32_t kvs_param(const struct kvs_ggml *g, const struct ggml_tensor *t, int i)
+{
+    return *(const int32_t *)(const void *)((const char *)t + g->layout.rope_base - 20 + 4 * (size_t)i);
+}
+static inline float kvs_paramf(const struct kvs_ggml *g, const struct ggml_tensor *t, int i)
+{
+    int32_t bits = kvs_param(g, t, i);
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
 }
 
 /* The tensor whose memory this one uses: its own, or that of what it is a view of. */
@@ -129,6 +167,27 @@ KVS_HIDDEN bool kvs_layout_find(struct kvs_ggml *g);
 /* The offset of the member in which `t`, and not `without`, points to `pointer`; (size_t)-1 when there is none. */
 KVS_HIDDEN size_t kvs_layout_pointer(const struct kvs_ggml *g, const struct ggml_tensor *t,
                                      const struct ggml_tensor *without, const void *pointer);
+
+/* backend.c */
+struct kvs_backend {
+    char missing[160]; /* why there are none; empty when all were found */
+    void *(*get_base)(struct ggml_backend_buffer *);
+    size_t (*get_size)(struct ggml_backend_buffer *);
+    const char *(*get_name)(struct ggml_backend_buffer *);
+    bool (*is_host)(struct ggml_backend_buffer *);
+    int (*tensor_alloc)(struct ggml_backend_buffer *, struct ggml_tensor *, void *);
+    struct ggml_backend_buffer *(*alloc_buffer)(void *, size_t);
+    void (*free_buffer)(struct ggml_backend_buffer *);
+    void *(*cpu_type)(void);
+    void (*synchronize)(void *);
+    size_t buffer; /* offset of the member */
+};
+/* Fills g->backend. NULL, or why it cannot be. */
+KVS_HIDDEN const char *kvs_backend_find(struct kvs_ggml *g);
+static inline struct ggml_backend_buffer *kvs_buffer(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return *(struct ggml_backend_buffer *const *)(const void *)((const char *)t + g->backend->buffer);
+}
 
 /* fatal.c */
 KVS_HIDDEN _Noreturn void kvs_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -161,12 +220,15 @@ struct kvs_opened {
     int fd;
     char refusal[512]; /* set when action is KVS_ACTION_REFUSE */
 };
-enum { KVS_ACTION_REFUSE = 0, KVS_ACTION_SHIELD = 1, KVS_ACTION_PASS = 2 };
+enum { KVS_ACTION_REFUSE = 0, KVS_ACTION_SHIELD = 1, KVS_ACTION_PASS = 2, KVS_ACTION_RESIDE = 3 };
 KVS_HIDDEN void kvs_session_begin(const char *engine_version);
 KVS_HIDDEN void kvs_session_open(const char *path, int fd, struct kvs_opened *out);
 KVS_HIDDEN void kvs_session_last_words(const char *message); /* best effort, before the end */
 /* Whether this process runs as without kvshield, and the hook only looks. Known once the session has begun. */
 KVS_HIDDEN bool kvs_session_observes(void);
+/* Whether caches live in the enclave (mode resident), and whether what they were made from is wiped in the engine. */
+KVS_HIDDEN bool kvs_session_resident(void);
+KVS_HIDDEN bool kvs_session_scrubs(void);
 KVS_HIDDEN bool kvs_session_dump_wanted(void);
 /* Takes the request over; its descriptor is then the caller's, who answers it. */
 KVS_HIDDEN bool kvs_session_take_dump(struct kvs_dump_request *out);
@@ -185,6 +247,25 @@ typedef void (*kvs_rows_get)(void *user, void *rows, size_t bytes);
 typedef void (*kvs_rows_put)(void *user, const void *rows, size_t bytes);
 KVS_HIDDEN void kvs_channel_transition(const struct kvs_frame *f, kvs_rows_get get, kvs_rows_put put,
                                        void *user);
+
+/* Requests of mode resident; their bodies are in docs/protocol.md. */
+enum {
+    KVS_DECLARE = 4, KVS_RELEASE, KVS_CLEAR, KVS_COPY, KVS_BATCH, KVS_ATTEND, KVS_ROTATE, KVS_KEEP, KVS_SEAL, KVS_UNSEAL
+};
+struct kvs_call {
+    uint32_t type, id, layer, payload;
+    uint32_t capacity, answer; /* bytes that fit; bytes that came back */
+    int64_t start;
+    char refusal[513];
+};
+/* Takes the data plane and returns where the body goes; _try or _call sends it and returns the answer's body, _end gives the
+ * data plane back. A refusal is fatal to _call; _try returns NULL and says why in call->refusal. Between begin and end one
+ * more call may follow another. */
+KVS_HIDDEN size_t kvs_channel_capacity(void);
+KVS_HIDDEN uint8_t *kvs_channel_begin(struct kvs_call *call);
+KVS_HIDDEN const uint8_t *kvs_channel_try(struct kvs_call *call);
+KVS_HIDDEN const uint8_t *kvs_channel_call(struct kvs_call *call);
+KVS_HIDDEN void kvs_channel_end(const struct kvs_call *call);
 
 /* models.c: what was exchanged in this process. */
 struct kvs_model {
@@ -220,8 +301,39 @@ KVS_HIDDEN bool kvs_state_may_load(const char *path);
 /* dump.c: writes the cache and its surroundings where the supervisor wants it, if it has asked and the graph is one with attention. */
 KVS_HIDDEN void kvs_dump(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
 
+/* caches.c: the KV caches whose rows are in the enclave, by the engine's tensor of keys. */
+struct kvs_cache {
+    const struct ggml_tensor *k, *v;
+    struct ggml_backend_buffer *buffer;
+    uint32_t id, layer, heads, kv_heads, dim_k, dim_v, cells, streams, storage;
+};
+KVS_HIDDEN struct kvs_cache *kvs_cache_of(const struct ggml_tensor *k); /* by the tensor of keys */
+KVS_HIDDEN struct kvs_cache *kvs_cache_at(size_t i);                    /* NULL behind the last one */
+/* Makes the caches known that are not; false, with a message, when the enclave has no room for them. */
+KVS_HIDDEN bool kvs_caches_declare(struct kvs_cache *list, size_t count);
+/* The host's calls on buffers and tensors, before they are carried out. */
+KVS_HIDDEN void kvs_buffer_cleared(struct ggml_backend_buffer *buffer);
+KVS_HIDDEN void kvs_buffer_freed(struct ggml_backend_buffer *buffer);
+/* True when both are cache rows and the copy was made in the enclave instead. */
+KVS_HIDDEN bool kvs_tensor_copied(struct kvs_ggml *g, const struct ggml_tensor *from, const struct ggml_tensor *to);
+
+/* resident.c: mode resident. */
+struct kvs_plan;
+/* Understands a graph: what in it reads and writes caches. Dies when it does not. *plan is made at the first call. */
+KVS_HIDDEN bool kvs_resident_scan(struct kvs_ggml *g, struct ggml_cgraph *graph, struct kvs_plan **plan);
+/* Takes attention and cache writes out of the graph; puts them back, and wipes what is left. */
+KVS_HIDDEN bool kvs_resident_begin(struct kvs_ggml *g, struct kvs_plan *plan, struct ggml_cgraph *graph);
+KVS_HIDDEN void kvs_resident_end(struct kvs_ggml *g, struct kvs_plan *plan, void *sched, struct ggml_cgraph *graph);
+KVS_HIDDEN bool kvs_resident_wants(const struct kvs_plan *plan, const struct ggml_tensor *t);
+KVS_HIDDEN void kvs_resident_attend(struct kvs_ggml *g, struct kvs_plan *plan);
+/* The attention node that the engine passed over, or -1. */
+KVS_HIDDEN long kvs_resident_missing(const struct kvs_plan *plan);
+/* From a graph that is only measured. */
+KVS_HIDDEN bool kvs_resident_reserve(struct kvs_ggml *g, struct ggml_cgraph *graph);
+
 /* graph.c: entry points for the interposer. */
 KVS_HIDDEN int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
+KVS_HIDDEN bool kvs_graph_reserve(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
 KVS_HIDDEN void kvs_host_callback(struct kvs_ggml *g, void *sched, kvs_eval_callback cb, void *user);
 
 #endif

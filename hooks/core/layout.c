@@ -19,6 +19,46 @@ static size_t find(const void *object, size_t len, const void *want, size_t want
     return NOT_FOUND;
 }
 
+/* The operation: 0 in a leaf, another number in each kind of node; set to 0, it makes a node one that computes nothing. */
+static bool probe_op(struct kvs_ggml *g, struct ggml_tensor *leaf, struct ggml_tensor *node, struct ggml_tensor *view,
+                     struct kvs_layout *l)
+{
+    for (size_t at = l->nb + 4 * sizeof(size_t); at + sizeof(int) <= l->src; at += sizeof(int)) {
+        int *op = (int *)(void *)((char *)node + at), was = *op;
+        if (was <= 0 || *(const int *)(const void *)((const char *)leaf + at) != 0 ||
+            *(const int *)(const void *)((const char *)view + at) == was)
+            continue;
+        *op = 0;
+        bool nothing = strcmp(g->op_desc(node), "NONE") == 0;
+        *op = was;
+        if (nothing) {
+            l->op = at;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The flags of a tensor, among which the engine marks what a graph is computed for. */
+static bool probe_flags(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_layout *l)
+{
+    struct ggml_tensor *x = g->new_tensor_2d(ctx, KVS_GGML_TYPE_F32, 4, 4);
+    uint8_t before[512];
+    size_t len = l->name < sizeof before ? l->name : sizeof before;
+    if (!x)
+        return false;
+    memcpy(before, x, len);
+    g->set_output(x);
+    for (size_t at = 0; at + sizeof(int) <= len; at += sizeof(int)) {
+        if (memcmp(before + at, (const char *)x + at, sizeof(int)) == 0)
+            continue;
+        l->flags = at;
+        l->output = *(const int *)(const void *)((const char *)x + at);
+        return true;
+    }
+    return false;
+}
+
 static bool probe(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_layout *l)
 {
     struct ggml_tensor *a = g->new_tensor_2d(ctx, KVS_GGML_TYPE_F32, A_COLS, A_ROWS);
@@ -37,10 +77,12 @@ static bool probe(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_layou
     size_t len = l->name;
     const struct ggml_tensor *sources[3] = {a, b, NULL};
     const int64_t shape[4] = {A_ROWS, B_ROWS, 1, 1};
+    const size_t strides[4] = {4, 4 * A_ROWS, 4 * A_ROWS * B_ROWS, 4 * A_ROWS * B_ROWS};
     l->src = find(c, len, sources, sizeof sources, 0);
     l->ne = find(c, len, shape, sizeof shape, 0);
+    l->nb = find(c, len, strides, sizeof strides, 0);
     l->type = 0;
-    if (l->src == NOT_FOUND || l->ne == NOT_FOUND)
+    if (l->src == NOT_FOUND || l->ne == NOT_FOUND || l->nb == NOT_FOUND || !probe_op(g, a, c, v, l))
         return false;
     l->view_src = find(v, len, &c, sizeof c, l->src + sizeof sources);
     return l->view_src != NOT_FOUND && kvs_src(g, v, 0) == c;
@@ -88,7 +130,7 @@ bool kvs_layout_find(struct kvs_ggml *g)
     struct ggml_context *ctx = g->init(params);
     if (!ctx)
         return false;
-    bool ok = probe(g, ctx, &g->layout) && probe_rope(g, ctx, &g->layout) && check(g, ctx);
+    bool ok = probe(g, ctx, &g->layout) && probe_rope(g, ctx, &g->layout) && probe_flags(g, ctx, &g->layout) && check(g, ctx);
     g->free(ctx);
     return ok;
 }

@@ -16,13 +16,13 @@
 #include <unistd.h>
 
 #define MAGIC 0x5353564bu /* "KVSS" */
-#define VERSION 2
+#define VERSION 3
 #define MESSAGE_MAX 8192
 
 #define REFUSAL_MAX 512
 
 enum { HELLO = 1, WELCOME, OPEN, OPENED, REFUSED, FATAL, STOP, DUMP, DUMPED };
-enum { MAY_DUMP = 1, OBSERVE = 2 }; /* flags of WELCOME */
+enum { MAY_DUMP = 1, OBSERVE = 2, RESIDENT = 4, SCRUB = 8 }; /* flags of WELCOME */
 
 struct header {
     uint32_t magic;
@@ -180,6 +180,16 @@ void kvs_session_dumped(uint32_t number, const char *refusal)
 bool kvs_session_observes(void)
 {
     return session.flags & OBSERVE;
+}
+
+bool kvs_session_resident(void)
+{
+    return session.flags & RESIDENT;
+}
+
+bool kvs_session_scrubs(void)
+{
+    return session.flags & SCRUB;
 }
 
 static void *reader(void *arg)

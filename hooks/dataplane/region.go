@@ -38,6 +38,9 @@ const (
 // DefaultCapacity is the payload that one frame carries at most, in bytes.
 const DefaultCapacity = 2 << 20
 
+// ResidentCapacity is the same for mode resident, whose frames carry keys, values and queries of a whole batch.
+const ResidentCapacity = 32 << 20
+
 // Region is a data plane in shared memory: a control page, a request frame and a reply frame.
 type Region struct {
 	memory   []byte

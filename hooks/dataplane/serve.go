@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/hooks/frame"
 )
 
@@ -17,7 +16,7 @@ import (
 const idle = 250 * time.Millisecond
 
 // Serve answers the engine's frames until Stop. It keeps one operating-system thread.
-func (r *Region) Serve(inverter enclave.Inverter, spin time.Duration) {
+func (r *Region) Serve(t *Target, spin time.Duration) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	seen := uint32(0)
@@ -26,7 +25,7 @@ func (r *Region) Serve(inverter enclave.Inverter, spin time.Duration) {
 			continue
 		}
 		seen++
-		r.answer(inverter)
+		r.answer(t)
 		atomic.AddUint32(r.word(offReply), 1)
 		if atomic.LoadUint32(r.word(offEngineSleeps)) != 0 {
 			futexWake(r.word(offReply))
@@ -40,36 +39,16 @@ func (r *Region) Stop() {
 	futexWake(r.word(offRequest))
 }
 
-func (r *Region) answer(inverter enclave.Inverter) {
+func (r *Region) answer(t *Target) {
 	var raw [frame.HeaderSize]byte
 	copy(raw[:], r.requestFrame())
 	request, err := frame.Decode(raw[:], r.capacity)
-	reply := answer(inverter, request, err, r.requestRows(), r.replyRows())
+	reply := t.answer(request, err, r.requestRows(), r.replyRows())
 	reply.Encode(r.replyFrame())
 }
 
-// answer inverts the rows of a request and returns the header to send with them.
-func answer(inverter enclave.Inverter, request frame.Header, err error, in, out []byte) frame.Header {
-	fail := func(status uint32) frame.Header {
-		return frame.Header{Type: frame.Error, Model: request.Model, Layer: request.Layer, Sequence: request.Sequence, Status: status}
-	}
-	if err != nil || request.Type != frame.Invert {
-		return fail(frame.StatusMalformed)
-	}
-	n := request.Payload
-	err = inverter.Invert(enclave.ModelID(request.Model), int(request.Layer), floats(out[:n]), floats(in[:n]))
-	switch {
-	case errors.Is(err, enclave.ErrUnknownModel):
-		return fail(frame.StatusUnknownModel)
-	case err != nil:
-		return fail(frame.StatusRefused)
-	}
-	request.Type = frame.Reply
-	return request
-}
-
 // ServeSocket answers frames on a stream socket until it ends. Capacity is the most payload of one frame.
-func ServeSocket(conn net.Conn, inverter enclave.Inverter, capacity uint32) error {
+func ServeSocket(conn net.Conn, t *Target, capacity uint32) error {
 	request := make([]byte, frame.HeaderSize)
 	in := make([]byte, capacity)
 	reply := make([]byte, frame.HeaderSize+int(capacity))
@@ -88,7 +67,7 @@ func ServeSocket(conn net.Conn, inverter enclave.Inverter, capacity uint32) erro
 				return err
 			}
 		}
-		out := answer(inverter, h, err, in, reply[frame.HeaderSize:])
+		out := t.answer(h, err, in, reply[frame.HeaderSize:])
 		out.Encode(reply)
 		if _, err := conn.Write(reply[:frame.HeaderSize+int(out.Payload)]); err != nil {
 			return err

@@ -21,7 +21,7 @@ func connectSocket(t *testing.T, capacity uint32) stream {
 	t.Helper()
 	engine, enclaveEnd := net.Pipe()
 	s := stream{engine, make(chan error, 1)}
-	go func() { s.served <- ServeSocket(enclaveEnd, halves{}, capacity); enclaveEnd.Close() }()
+	go func() { s.served <- ServeSocket(enclaveEnd, &Target{Inverter: halves{}}, capacity); enclaveEnd.Close() }()
 	t.Cleanup(func() { engine.Close() })
 	if err := engine.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
@@ -166,7 +166,7 @@ func FuzzRequestFrame(f *testing.F) {
 		clear(r.memory[page:])
 		copy(r.memory[page:][:page], b)
 		*r.word(offEngineSleeps), *r.word(offReply) = noise, noise
-		r.answer(halves{})
+		r.answer(&Target{Inverter: halves{}})
 		reply, err := frame.Decode(r.replyFrame(), r.capacity)
 		if err != nil {
 			t.Fatalf("the enclave's own answer is malformed: %v", err)
@@ -189,7 +189,7 @@ func FuzzSocket(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		engine, enclaveEnd := net.Pipe()
 		served := make(chan error, 1)
-		go func() { served <- ServeSocket(enclaveEnd, halves{}, 4096); enclaveEnd.Close() }()
+		go func() { served <- ServeSocket(enclaveEnd, &Target{Inverter: halves{}}, 4096); enclaveEnd.Close() }()
 		go func() { _, _ = engine.Write(b); engine.Close() }()
 		_, _ = io.Copy(io.Discard, engine)
 		err := <-served

@@ -1,4 +1,5 @@
-// Package frame is the data-plane frame: a fixed header of 64 bytes, little-endian, followed by rows of F32.
+// Package frame is the data-plane frame: a fixed header of 64 bytes, little-endian, followed by rows of F32 (mode permute) or
+// by a body of its type's own (mode resident; bodies.go).
 //
 // docs/protocol.md has the layout byte by byte; hooks/core/channel.c is its C end. Decode takes bytes from an
 // untrusted peer and answers with an error; it never panics and allocates nothing.
@@ -14,7 +15,7 @@ import (
 const HeaderSize = 64
 
 // Version of the frame and of the shared memory's control block.
-const Version = 1
+const Version = 2
 
 const magic = 0x4653564b // "KVSF"
 
@@ -24,8 +25,24 @@ type Type uint16
 const (
 	Invert Type = 1 // engine to enclave: rows of a layer's attention output, permuted
 	Reply  Type = 2 // enclave to engine: the same rows, inverted
-	Error  Type = 3 // enclave to engine: no rows; Status says why
+	Error  Type = 3 // enclave to engine: no rows; Status says why, the payload may say it in words
+
+	// Mode resident, engine to enclave. The header's Model is the [enclave.CacheID] of one layer, or a batch's slot.
+	Declare Type = 4  // a context's caches
+	Release Type = 5  // a cache is gone
+	Clear   Type = 6  // a cache's cells are
+	Copy    Type = 7  // a stream becomes another's copy
+	Batch   Type = 8  // cells and mask of a graph's tokens
+	Attend  Type = 9  // keys, values and queries
+	Rotate  Type = 10 // a context shift
+	Keep    Type = 11 // which cells are still in use
+	Seal    Type = 12 // writes a sealed state
+	Unseal  Type = 13 // reads one
+	Answer  Type = 14 // enclave to engine: what a request of these types is answered with
 )
+
+// ErrorTextMax is the most bytes of text in an Error.
+const ErrorTextMax = 512
 
 // Status of an Error frame.
 const (
@@ -42,7 +59,7 @@ type Header struct {
 	Rows     uint32 // rows that follow
 	RowBytes uint32 // bytes of one row, a multiple of 4
 	Sequence uint64 // of the request; a reply carries its request's
-	Payload  uint32 // bytes that follow the header: Rows * RowBytes, or 0
+	Payload  uint32 // bytes that follow the header: Rows * RowBytes where there are rows
 	Status   uint32 // of an Error
 }
 
@@ -115,8 +132,12 @@ func (h Header) check(capacity uint32) error {
 			return malformed("payload of %d bytes where %d fit", h.Payload, capacity)
 		}
 	case Error:
-		if h.Payload != 0 || h.Status == 0 {
+		if h.Payload > ErrorTextMax || h.Status == 0 {
 			return malformed("an error with status %d and a payload of %d bytes", h.Status, h.Payload)
+		}
+	case Declare, Release, Clear, Copy, Batch, Attend, Rotate, Keep, Seal, Unseal, Answer:
+		if h.Status != 0 || h.Rows != 0 || h.RowBytes != 0 || h.Payload > capacity {
+			return malformed("type %d with status %d, rows, or a payload of %d bytes where %d fit", h.Type, h.Status, h.Payload, capacity)
 		}
 	default:
 		return malformed("type %d", h.Type)

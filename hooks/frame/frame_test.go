@@ -43,15 +43,15 @@ func TestDecodeRefuses(t *testing.T) {
 	}{
 		"short":             {encode(sound)[:63], "63 bytes"},
 		"magic":             {poke(0, 'X'), "magic"},
-		"version":           {poke(4, 2), "version 2"},
-		"type":              {change(func(h *frame.Header) { h.Type = 9 }), "type 9"},
+		"version":           {poke(4, 1), "version 1"},
+		"type":              {change(func(h *frame.Header) { h.Type = 15 }), "type 15"},
 		"no rows":           {change(func(h *frame.Header) { h.Rows, h.Payload = 0, 0 }), "0 rows"},
 		"odd row":           {change(func(h *frame.Header) { h.RowBytes, h.Payload = 6, 12 }), "rows of 6 bytes"},
 		"product wraps":     {change(func(h *frame.Header) { h.Rows, h.RowBytes, h.Payload = 1<<31, 8, 0 }), "payload of 0"},
 		"payload differs":   {change(func(h *frame.Header) { h.Payload = 252 }), "payload of 252"},
 		"more than fits":    {change(func(h *frame.Header) { h.Rows, h.Payload = 1<<14, 1<<21 }), "1048576 fit"},
 		"status on rows":    {change(func(h *frame.Header) { h.Status = 1 }), "status 1"},
-		"error with rows":   {change(func(h *frame.Header) { h.Type, h.Status = frame.Error, 1 }), "an error with"},
+		"error with rows":   {change(func(h *frame.Header) { h.Type, h.Status, h.Payload = frame.Error, 1, frame.ErrorTextMax+1 }), "an error with"},
 		"error status zero": {encode(frame.Header{Type: frame.Error}), "an error with status 0"},
 		"reserved":          {poke(63, 1), "reserved"},
 	}

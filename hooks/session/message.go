@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the session socket's messages.
-const Version = 2
+const Version = 3
 
 const (
 	magic      = 0x5353564b // "KVSS"
@@ -66,11 +66,15 @@ type Welcome struct {
 	TimeoutMS uint32 // how long the hook waits for an answer before it ends its process, ms
 	Dumps     bool   // the hook obeys [Peer.Dump]; else it refuses
 	Observe   bool   // graphs run as in a stock engine: nothing is shielded
+	Resident  bool   // keys and values go into the enclave, and models are opened as they are
+	Scrub     bool   // with Resident: what they were made from is wiped in the engine
 }
 
 const (
-	flagDumps   = 1 << 0
-	flagObserve = 1 << 1
+	flagDumps    = 1 << 0
+	flagObserve  = 1 << 1
+	flagResident = 1 << 2
+	flagScrub    = 1 << 3
 )
 
 // Range is a run of whole pages of a shielded model that the hook takes from the original.
@@ -82,6 +86,7 @@ const OverlayMax = 300
 // Opened answers an Open. With Shield a file descriptor of the shielded model comes along.
 type Opened struct {
 	Shield      bool
+	Reside      bool   // the engine opens the model as it is; Model alone is set
 	Model       uint32 // enclave.ModelID
 	Layers      uint32
 	RowFloats   uint32
@@ -95,6 +100,7 @@ type Opened struct {
 const (
 	actionShield   = 1
 	actionPass     = 2
+	actionReside   = 3
 	markerMax      = 63
 	fingerprintMax = 256
 	pathMax        = 4096
@@ -142,11 +148,10 @@ func (w Welcome) encode() []byte {
 	b := make([]byte, 20)
 	le := binary.LittleEndian
 	var flags uint32
-	if w.Dumps {
-		flags |= flagDumps
-	}
-	if w.Observe {
-		flags |= flagObserve
+	for flag, set := range map[uint32]bool{flagDumps: w.Dumps, flagObserve: w.Observe, flagResident: w.Resident, flagScrub: w.Scrub} {
+		if set {
+			flags |= flag
+		}
 	}
 	le.PutUint32(b[0:], uint32(w.Transport))
 	le.PutUint32(b[4:], w.Capacity)
@@ -168,8 +173,11 @@ func (o Opened) encode() ([]byte, error) {
 		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d, %d ranges: too long for the hook", len(o.Marker), len(o.Fingerprint), len(o.Overlay))
 	}
 	action := uint32(actionPass)
-	if o.Shield {
+	switch {
+	case o.Shield:
 		action = actionShield
+	case o.Reside:
+		action = actionReside
 	}
 	var b []byte
 	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint)), uint32(len(o.Overlay))} {

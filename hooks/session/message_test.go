@@ -24,8 +24,8 @@ func TestDecodeRefuses(t *testing.T) {
 		"nothing":         {nil, "0 bytes where the header has 16"},
 		"half a header":   {raw(typeHello, "")[:15], "15 bytes where the header has 16"},
 		"magic":           {spoiled(0, 'X'), "magic 0x53535658"},
-		"version":         {spoiled(4, 9), "version 9 where 2 is spoken; use a command and a libkvshield.so of the same version"},
-		"high version":    {spoiled(5, 1), "version 258 where 2 is spoken"},
+		"version":         {spoiled(4, 9), "version 9 where 3 is spoken; use a command and a libkvshield.so of the same version"},
+		"high version":    {spoiled(5, 1), "version 259 where 3 is spoken"},
 		"reserved":        {spoiled(15, 1), "reserved bytes are not zero"},
 		"length too much": {spoiled(8, 9), "length 9 with 8 bytes"},
 		"length too few":  {spoiled(8, 7), "length 7 with 8 bytes"},
@@ -81,12 +81,12 @@ func TestAnswersByteForByte(t *testing.T) {
 		got  []byte
 		want string
 	}{
-		"welcome": {Welcome{SharedMemory, 4096, 50, 10_000, true, true}.encode(),
-			"KVSS\x02\x00\x02\x00\x14\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x00\x10\x00\x00\x32\x00\x00\x00\x10\x27\x00\x00\x03\x00\x00\x00"},
-		"opened": {opened, "KVSS\x02\x00\x04\x00\x3f\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x07\x00\x00\x00\x02\x00\x00\x00\x40\x00\x00\x00" + "\x10\x00\x00\x00\x00\x40\x1c\x46\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00" + "m\x09\x08" +
+		"welcome": {Welcome{SharedMemory, 4096, 50, 10_000, true, true, true, true}.encode(),
+			"KVSS\x03\x00\x02\x00\x14\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x00\x10\x00\x00\x32\x00\x00\x00\x10\x27\x00\x00\x0f\x00\x00\x00"},
+		"opened": {opened, "KVSS\x03\x00\x04\x00\x3f\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x07\x00\x00\x00\x02\x00\x00\x00\x40\x00\x00\x00" + "\x10\x00\x00\x00\x00\x40\x1c\x46\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00" + "m\x09\x08" +
 			"\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x00\x00\x00\x00"},
-		"passed": {passed, "KVSS\x02\x00\x04\x00\x24\x00\x00\x00\x00\x00\x00\x00" + "\x02\x00\x00\x00" + strings.Repeat("\x00", 32)},
-		"stop":   {text(typeStop, "go"), "KVSS\x02\x00\x07\x00\x02\x00\x00\x00\x00\x00\x00\x00go"},
+		"passed": {passed, "KVSS\x03\x00\x04\x00\x24\x00\x00\x00\x00\x00\x00\x00" + "\x02\x00\x00\x00" + strings.Repeat("\x00", 32)},
+		"stop":   {text(typeStop, "go"), "KVSS\x03\x00\x07\x00\x02\x00\x00\x00\x00\x00\x00\x00go"},
 	} {
 		if got := string(test.got); got != test.want {
 			t.Errorf("%s:\n% x, want\n% x", name, got, test.want)
@@ -120,7 +120,7 @@ func FuzzDecode(f *testing.F) {
 	}
 	for _, seed := range [][]byte{
 		nil, Hello{PID: 1, Version: "0.27"}.encode(), raw(typeOpen, "/a/b.gguf"), raw(typeFatal, "why"),
-		Welcome{Socket, 1, 2, 3, false, false}.encode(), opened, text(typeRefused, "no"), text(typeStop, "stop"), spoiled(4, 2),
+		Welcome{Socket, 1, 2, 3, false, false, false, false}.encode(), opened, text(typeRefused, "no"), text(typeStop, "stop"), spoiled(4, 3),
 	} {
 		f.Add(seed)
 	}

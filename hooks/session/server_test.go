@@ -33,7 +33,7 @@ func (f *fake) Hello(context.Context, *Peer, Hello) (Welcome, *os.File, error) {
 		return Welcome{}, nil, f.hello
 	}
 	file, err := os.Open(os.DevNull)
-	return Welcome{SharedMemory, 4096, 1, 2, false, false}, file, err
+	return Welcome{SharedMemory, 4096, 1, 2, false, false, false, false}, file, err
 }
 
 func (f *fake) Open(_ context.Context, _ *Peer, path string, model *os.File) (Opened, *os.File, error) {

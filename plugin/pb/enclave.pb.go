@@ -30,6 +30,7 @@ const (
 	Model_UNKNOWN Model_Action = 0
 	Model_SHIELD  Model_Action = 1
 	Model_PASS    Model_Action = 2
+	Model_RESIDE  Model_Action = 3
 )
 
 // Enum value maps for Model_Action.
@@ -38,11 +39,13 @@ var (
 		0: "UNKNOWN",
 		1: "SHIELD",
 		2: "PASS",
+		3: "RESIDE",
 	}
 	Model_Action_value = map[string]int32{
 		"UNKNOWN": 0,
 		"SHIELD":  1,
 		"PASS":    2,
+		"RESIDE":  3,
 	}
 )
 
@@ -1082,7 +1085,7 @@ const file_enclave_proto_rawDesc = "" +
 	"\thardening\x18\x05 \x03(\tR\thardening\x12\x18\n" +
 	"\amissing\x18\x06 \x03(\tR\amissing\"*\n" +
 	"\x0eInspectRequest\x12\x18\n" +
-	"\asources\x18\x01 \x03(\tR\asources\"\xb1\x03\n" +
+	"\asources\x18\x01 \x03(\tR\asources\"\xbd\x03\n" +
 	"\x05Model\x121\n" +
 	"\x06action\x18\x01 \x01(\x0e2\x19.kvshield.v1.Model.ActionR\x06action\x12\"\n" +
 	"\farchitecture\x18\x02 \x01(\tR\farchitecture\x12\x12\n" +
@@ -1100,12 +1103,14 @@ const file_enclave_proto_rawDesc = "" +
 	"\n" +
 	"rotary_dim\x18\f \x01(\rR\trotaryDim\x12\x1f\n" +
 	"\vrotary_base\x18\r \x01(\x02R\n" +
-	"rotaryBase\"+\n" +
+	"rotaryBase\"7\n" +
 	"\x06Action\x12\v\n" +
 	"\aUNKNOWN\x10\x00\x12\n" +
 	"\n" +
 	"\x06SHIELD\x10\x01\x12\b\n" +
-	"\x04PASS\x10\x02\"A\n" +
+	"\x04PASS\x10\x02\x12\n" +
+	"\n" +
+	"\x06RESIDE\x10\x03\"A\n" +
 	"\vLoadRequest\x12\x18\n" +
 	"\asources\x18\x01 \x03(\tR\asources\x12\x18\n" +
 	"\aoutputs\x18\x02 \x03(\tR\aoutputs\"V\n" +

@@ -43,6 +43,10 @@ EXPORT struct gguf_context *gguf_init_from_file_ptr(FILE *, struct kvs_gguf_init
 EXPORT FILE *ggml_fopen(const char *, const char *);
 EXPORT void ggml_backend_sched_set_eval_callback(void *, kvs_eval_callback, void *);
 EXPORT int ggml_backend_sched_graph_compute_async(void *, struct ggml_cgraph *);
+EXPORT bool ggml_backend_sched_reserve(void *, struct ggml_cgraph *);
+EXPORT void ggml_backend_buffer_clear(struct ggml_backend_buffer *, uint8_t);
+EXPORT void ggml_backend_buffer_free(struct ggml_backend_buffer *);
+EXPORT void ggml_backend_tensor_copy(struct ggml_tensor *, struct ggml_tensor *);
 EXPORT uint32_t llama_model_quantize(const char *, const char *, const void *);
 
 static void resolve(struct kvs_ggml *g, void *h)
@@ -60,6 +64,8 @@ static void resolve(struct kvs_ggml *g, void *h)
     GET(set_name, "ggml_set_name", NULL, true);
     GET(op_desc, "ggml_op_desc", NULL, true);
     GET(nbytes, "ggml_nbytes", NULL, true);
+    GET(set_output, "ggml_set_output", NULL, true);
+    GET(get_data, "ggml_get_data", NULL, true);
     GET(is_contiguous, "ggml_is_contiguous", NULL, true);
     GET(graph_n_nodes, "ggml_graph_n_nodes", NULL, true);
     GET(graph_node, "ggml_graph_node", NULL, true);
@@ -67,6 +73,10 @@ static void resolve(struct kvs_ggml *g, void *h)
     GET(tensor_set, "ggml_backend_tensor_set", NULL, true);
     GET(set_eval_callback, "ggml_backend_sched_set_eval_callback", ggml_backend_sched_set_eval_callback, true);
     GET(graph_compute_async, "ggml_backend_sched_graph_compute_async", ggml_backend_sched_graph_compute_async, true);
+    GET(sched_reserve, "ggml_backend_sched_reserve", ggml_backend_sched_reserve, true);
+    GET(buffer_clear, "ggml_backend_buffer_clear", ggml_backend_buffer_clear, true);
+    GET(buffer_free, "ggml_backend_buffer_free", ggml_backend_buffer_free, true);
+    GET(tensor_copy, "ggml_backend_tensor_copy", ggml_backend_tensor_copy, true);
     GET(gguf_init_from_file, "gguf_init_from_file", gguf_init_from_file, true);
     GET(gguf_init_from_file_ptr, "gguf_init_from_file_ptr", gguf_init_from_file_ptr, false);
     GET(fopen, "ggml_fopen", ggml_fopen, true);
@@ -257,6 +267,36 @@ int ggml_backend_sched_graph_compute_async(void *sched, struct ggml_cgraph *grap
         return g->graph_compute_async(sched, graph);
     kvs_session_begin(g->version());
     return kvs_graph_compute(g, sched, graph);
+}
+
+bool ggml_backend_sched_reserve(void *sched, struct ggml_cgraph *graph)
+{
+    struct kvs_ggml *g = CALLER();
+    if (!g->is_llama)
+        return g->sched_reserve(sched, graph);
+    kvs_session_begin(g->version());
+    return kvs_graph_reserve(g, sched, graph);
+}
+
+void ggml_backend_buffer_clear(struct ggml_backend_buffer *buffer, uint8_t value)
+{
+    struct kvs_ggml *g = CALLER();
+    g->buffer_clear(buffer, value);
+    kvs_buffer_cleared(buffer);
+}
+
+void ggml_backend_buffer_free(struct ggml_backend_buffer *buffer)
+{
+    struct kvs_ggml *g = CALLER();
+    kvs_buffer_freed(buffer);
+    g->buffer_free(buffer);
+}
+
+void ggml_backend_tensor_copy(struct ggml_tensor *from, struct ggml_tensor *to)
+{
+    struct kvs_ggml *g = CALLER();
+    if (!kvs_session_resident() || !kvs_tensor_copied(g, from, to))
+        g->tensor_copy(from, to);
 }
 
 /* Quantising under the shield would write a model with permuted weights to disk. */

@@ -20,6 +20,49 @@ func passes(files []File, architecture, kind string) (bool, error) {
 	return !hasLayers(files), nil
 }
 
+// Identify says what mode resident does with a model, which is the same for every architecture: the graph decides whether its
+// attention is understood.
+func Identify(files []File) (enclave.Model, error) {
+	if len(files) == 0 {
+		return enclave.Model{}, enclave.Invalid("a model needs at least one file")
+	}
+	if err := checkSplits(files); err != nil {
+		return enclave.Model{}, err
+	}
+	m := metadata{file: files[0]}
+	out := describeFiles(&m, files)
+	kind := m.text("general.type", "")
+	if m.err != nil {
+		return enclave.Model{}, m.err
+	}
+	if out.Architecture == "" {
+		_, err := passes(files, "", kind)
+		return enclave.Model{}, err
+	}
+	if kind == "adapter" {
+		return out, nil // what it adds to keys and values is kept like the rest of them
+	}
+	if pass, err := passes(files, out.Architecture, kind); pass || err != nil {
+		return out, err
+	}
+	out.Action = enclave.Reside
+	return out, nil
+}
+
+// describeFiles is what every model has, whatever is done with it.
+func describeFiles(m *metadata, files []File) enclave.Model {
+	out := enclave.Model{
+		Action:       enclave.Pass,
+		Architecture: m.text("general.architecture", ""),
+		Name:         m.text("general.name", ""),
+		Files:        len(files),
+	}
+	for _, f := range files {
+		out.Bytes += f.Size
+	}
+	return out
+}
+
 // hasLayers is false for files that hold a vocabulary and nothing else.
 func hasLayers(files []File) bool {
 	for _, f := range files {

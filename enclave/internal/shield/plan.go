@@ -49,15 +49,7 @@ func Read(files []File) (*Plan, error) {
 		return nil, err
 	}
 	m := metadata{file: files[0]}
-	p := &Plan{Model: enclave.Model{
-		Action:       enclave.Pass,
-		Architecture: m.text("general.architecture", ""),
-		Name:         m.text("general.name", ""),
-		Files:        len(files),
-	}}
-	for _, f := range files {
-		p.Model.Bytes += f.Size
-	}
+	p := &Plan{Model: describeFiles(&m, files)}
 	kind := m.text("general.type", "")
 	if m.err != nil {
 		return nil, m.err

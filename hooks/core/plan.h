@@ -1,0 +1,76 @@
+/* What mode resident does with one graph: plan.c makes it, resident.c carries it out. */
+#ifndef KVS_PLAN_H
+#define KVS_PLAN_H
+
+#include "kvs.h"
+
+#define KVS_SLOTS 8
+
+/* Kinds of operations that have to be told apart. */
+enum kvs_op {
+    KVS_OP_UNSEEN,
+    KVS_OP_OTHER,
+    KVS_OP_NOTHING, /* a leaf or another look at a tensor: computes nothing */
+    KVS_OP_SET_ROWS,
+    KVS_OP_FLASH,
+    KVS_OP_MUL_MAT,
+    KVS_OP_SOFT_MAX,
+    KVS_OP_SCALE,
+    KVS_OP_COPY,
+    KVS_OP_ROPE,
+};
+KVS_HIDDEN enum kvs_op kvs_op(struct kvs_ggml *g, const struct ggml_tensor *t);
+
+/* A SET_ROWS into a cache. */
+struct kvs_write {
+    struct ggml_tensor *node;
+    const struct ggml_tensor *cache, *source, *cells;
+    bool values, taken;
+    int at;
+};
+
+/* What the layers of one cache share in a graph. */
+struct kvs_slot {
+    const struct ggml_tensor *mask, *cells;
+    uint32_t tokens, blocks, visible; /* tokens; streams; cells that a row of the mask looks at */
+    bool sent;
+};
+
+enum kvs_step_kind { KVS_STEP_ATTEND, KVS_STEP_ROTATE };
+struct kvs_step {
+    enum kvs_step_kind kind;
+    struct ggml_tensor *node; /* after which it is time; for attention the output */
+    int at;
+    const struct ggml_tensor *k; /* the cache's tensor of keys */
+    struct kvs_cache *cache;
+    /* attention */
+    const struct ggml_tensor *q, *sinks, *mask;
+    struct kvs_write *keys, *values; /* NULL when an earlier layer has written them */
+    const struct kvs_write *cells_of;
+    uint32_t slot, visible;
+    float scale, max_bias, softcap;
+    bool flash, scrub_q, scrub_k, scrub_v;
+    struct kvs_cache shape; /* as this step sees it; declared when it is new */
+    /* rotation */
+    const struct ggml_tensor *hadamard;
+};
+
+struct kvs_plan {
+    struct kvs_write *writes;
+    size_t write_count, write_capacity;
+    struct kvs_step *steps;
+    size_t count, capacity, next;
+    struct {
+        struct ggml_tensor *node;
+        int op;
+    } *blanks;
+    size_t blank_count, blank_capacity;
+    struct kvs_slot slots[KVS_SLOTS];
+    size_t slot_count;
+    const struct ggml_tensor *tokens; /* ids of the graph's tokens, to be wiped; may be NULL */
+    uint8_t *scratch;
+    size_t scratch_size;
+};
+KVS_HIDDEN uint8_t *kvs_plan_scratch(struct kvs_plan *p, size_t size);
+
+#endif
