@@ -145,9 +145,8 @@ static uint32_t stream_of(struct kvs_ggml *g, const struct ggml_tensor *view, co
 bool kvs_tensor_copied(struct kvs_ggml *g, const struct ggml_tensor *from, const struct ggml_tensor *to)
 {
     const struct ggml_tensor *source = kvs_base(g, from), *target = kvs_base(g, to);
-    bool reads = kvs_is_cache(kvs_name(g, source)), writes = kvs_is_cache(kvs_name(g, target));
-    if (!reads && !writes)
-        return false;
+    if (!kvs_is_cache(kvs_name(g, target)))
+        return false; /* what is read from a cache are zeros */
     const struct kvs_cache *c = NULL;
     bool values = false;
     for (size_t i = 0; (c = kvs_cache_at(i)); i++) {

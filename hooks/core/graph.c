@@ -260,7 +260,7 @@ static bool evaluate(struct ggml_tensor *t, bool ask, void *user)
         return ours || s->host_wants;
     }
     if (ours && s->resident)
-        kvs_resident_attend(s->g, s->plan);
+        kvs_resident_attend(s->g, s->plan, t);
     else if (ours)
         invert(s, &s->targets[s->next++]);
     if (s->host_wants && !s->host(t, false, s->host_user)) {

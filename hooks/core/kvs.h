@@ -157,9 +157,13 @@ static inline const struct ggml_tensor *kvs_base(const struct kvs_ggml *g, const
     const struct ggml_tensor *base = kvs_view_src(g, t);
     return base ? base : t;
 }
+/* "cache_k_lN" or "cache_v_lN" and nothing more: a copy of one has a longer name. */
 static inline bool kvs_is_cache(const char *name)
 {
-    return strncmp(name, "cache_k_l", 9) == 0 || strncmp(name, "cache_v_l", 9) == 0;
+    if (strncmp(name, "cache_k_l", 9) != 0 && strncmp(name, "cache_v_l", 9) != 0)
+        return false;
+    size_t digits = strspn(name + 9, "0123456789");
+    return digits > 0 && name[9 + digits] == 0;
 }
 
 /* layout.c: fills g->layout by building a small graph; false when the layout is not understood. */
@@ -325,7 +329,7 @@ KVS_HIDDEN bool kvs_resident_scan(struct kvs_ggml *g, struct ggml_cgraph *graph,
 KVS_HIDDEN bool kvs_resident_begin(struct kvs_ggml *g, struct kvs_plan *plan, struct ggml_cgraph *graph);
 KVS_HIDDEN void kvs_resident_end(struct kvs_ggml *g, struct kvs_plan *plan, void *sched, struct ggml_cgraph *graph);
 KVS_HIDDEN bool kvs_resident_wants(const struct kvs_plan *plan, const struct ggml_tensor *t);
-KVS_HIDDEN void kvs_resident_attend(struct kvs_ggml *g, struct kvs_plan *plan);
+KVS_HIDDEN void kvs_resident_attend(struct kvs_ggml *g, struct kvs_plan *plan, const struct ggml_tensor *t);
 /* The attention node that the engine passed over, or -1. */
 KVS_HIDDEN long kvs_resident_missing(const struct kvs_plan *plan);
 /* From a graph that is only measured. */

@@ -55,16 +55,101 @@ uint8_t *kvs_plan_scratch(struct kvs_plan *p, size_t size)
     return p->scratch;
 }
 
+static struct kvs_step *add_step(struct kvs_plan *p, enum kvs_step_kind kind, struct ggml_tensor *node, int at)
+{
+    p->steps = more(p->steps, p->count, &p->capacity, sizeof *p->steps);
+    p->steps[p->count] = (struct kvs_step){.kind = kind, .node = node, .at = at};
+    return &p->steps[p->count++];
+}
+
+void kvs_plan_forget(struct kvs_plan *p)
+{
+    for (size_t i = 0; i < p->write_count; i++) {
+        if (!p->writes[i].rows)
+            continue;
+        memset(p->writes[i].rows, 0, p->writes[i].size);
+        free(p->writes[i].rows);
+        p->writes[i].rows = NULL;
+    }
+}
+
+static bool overlap(struct kvs_ggml *g, const struct ggml_tensor *a, const struct ggml_tensor *b)
+{
+    const char *x = g->get_data(a), *y = g->get_data(b);
+    return kvs_buffer(g, kvs_base(g, a)) == kvs_buffer(g, kvs_base(g, b)) && x < y + g->nbytes(b) && y < x + g->nbytes(a);
+}
+
+/*
+ * Keys and values are read when the queries are ready, some nodes after the engine itself would have read them. In between the
+ * engine may use their memory for something else. Which nodes those are is known on the CPU only: for a device the scheduler
+ * changes the order.
+ */
+static bool is_short_lived(struct kvs_ggml *g, struct ggml_cgraph *graph, const struct kvs_write *w, int until)
+{
+    if (!g->backend->is_host(kvs_buffer(g, kvs_base(g, w->source))))
+        return true;
+    for (int i = w->at + 1; i < until; i++) {
+        struct ggml_tensor *node = g->graph_node(graph, i);
+        if (kvs_op(g, node) != KVS_OP_NOTHING && overlap(g, node, w->source))
+            return true;
+    }
+    return false;
+}
+
+static int by_place(const void *a, const void *b)
+{
+    return ((const struct kvs_step *)a)->at - ((const struct kvs_step *)b)->at;
+}
+
+/* The graph's memory must have been laid out, and what is taken out of it marked. */
+void kvs_plan_takes(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_cgraph *graph)
+{
+    size_t attentions = p->count;
+    for (size_t i = 0; i < attentions; i++) {
+        struct kvs_write *both[2] = {p->steps[i].keys, p->steps[i].values};
+        for (int j = 0; j < 2; j++) {
+            struct kvs_cache *cache = p->steps[i].cache;
+            if (!both[j] || !is_short_lived(g, graph, both[j], p->steps[i].at))
+                continue;
+            both[j]->early = true;
+            struct kvs_step *s = add_step(p, KVS_STEP_TAKE, both[j]->node, both[j]->at);
+            s->take = both[j];
+            s->cache = cache;
+        }
+    }
+    if (p->count > attentions)
+        qsort(p->steps, p->count, sizeof *p->steps, by_place);
+}
+
+/*
+ * The scheduler's copy of a look at a cache, on another device ("DEVICE#cache_k_lN (view)#M"): the cache that this graph writes
+ * under that name. The copy is made of zeros.
+ */
+static const struct ggml_tensor *cache_copied(const struct kvs_plan *p, struct kvs_ggml *g, const char *name)
+{
+    const char *inner = strchr(name, '#');
+    if (!inner || (strncmp(inner, "#cache_k_l", 10) != 0 && strncmp(inner, "#cache_v_l", 10) != 0))
+        return NULL;
+    size_t len = 9 + strspn(++inner + 9, "0123456789");
+    for (size_t i = 0; i < p->write_count; i++) {
+        const char *known = kvs_name(g, p->writes[i].cache);
+        if (strncmp(known, inner, len) == 0 && known[len] == 0)
+            return p->writes[i].cache;
+    }
+    kvs_die("a cache is moved between devices (%s) by a graph that does not write it", name);
+}
+
 /* The cache that a tensor is a look at, or a copy of in another type or order; NULL for any other. */
-static const struct ggml_tensor *cache_behind(struct kvs_ggml *g, const struct ggml_tensor *t)
+static const struct ggml_tensor *cache_behind(const struct kvs_plan *p, struct kvs_ggml *g, const struct ggml_tensor *t)
 {
     for (int depth = 0; t && depth < 16; depth++) {
         const struct ggml_tensor *base = kvs_base(g, t);
         const char *name = kvs_name(g, base);
         if (kvs_is_cache(name))
             return base;
-        if (strchr(name, '#') && (strstr(name, "#cache_k_l") || strstr(name, "#cache_v_l")))
-            kvs_die("the cache is moved between devices (%s); put it on the device that computes attention", name);
+        const struct ggml_tensor *copied = cache_copied(p, g, name);
+        if (copied)
+            return copied;
         enum kvs_op op = kvs_op(g, t);
         if (op != KVS_OP_COPY && op != KVS_OP_NOTHING)
             return NULL;
@@ -102,13 +187,6 @@ static void add_write(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_tensor
                                                      .values = is_values(g, cache),
                                                      .at = at};
     blank(p, g, node);
-}
-
-static struct kvs_step *add_step(struct kvs_plan *p, enum kvs_step_kind kind, struct ggml_tensor *node, int at)
-{
-    p->steps = more(p->steps, p->count, &p->capacity, sizeof *p->steps);
-    p->steps[p->count] = (struct kvs_step){.kind = kind, .node = node, .at = at};
-    return &p->steps[p->count++];
 }
 
 static struct kvs_write *write_of(struct kvs_plan *p, const struct ggml_tensor *cache)
@@ -169,7 +247,7 @@ static void find_writes(struct kvs_plan *p, struct kvs_ggml *g, struct kvs_step 
 
 static void flash(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_tensor *node, const struct ggml_tensor *k, int at)
 {
-    const struct ggml_tensor *v = cache_behind(g, kvs_src(g, node, 2));
+    const struct ggml_tensor *v = cache_behind(p, g, kvs_src(g, node, 2));
     if (!v || is_values(g, k) || !is_values(g, v))
         not_known(g, node, "keeps keys and values together");
     struct kvs_step *s = add_step(p, KVS_STEP_ATTEND, node, at);
@@ -220,7 +298,7 @@ static void plain(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_cgraph *gr
             s->max_bias = kvs_paramf(g, node, 1);
             blank(p, g, tip = node);
         } else if (op == KVS_OP_MUL_MAT && softened) {
-            const struct ggml_tensor *view = kvs_src(g, node, 0), *v = cache_behind(g, view);
+            const struct ggml_tensor *view = kvs_src(g, node, 0), *v = cache_behind(p, g, view);
             if (!v || !is_values(g, v))
                 not_known(g, node, "multiplies attention weights with something else than cached values");
             s->node = node;
@@ -311,11 +389,11 @@ static void with_cache(struct scan *c, struct ggml_tensor *node, int source, con
 }
 
 /* The first source of a node that is, or comes from, a cache. */
-static const struct ggml_tensor *cache_among(struct kvs_ggml *g, const struct ggml_tensor *node, int *source)
+static const struct ggml_tensor *cache_among(const struct kvs_plan *p, struct kvs_ggml *g, const struct ggml_tensor *node, int *source)
 {
     for (int j = 0; j < KVS_GGML_MAX_SRC; j++) {
         const struct ggml_tensor *src = kvs_src(g, node, j);
-        const struct ggml_tensor *cache = src ? cache_behind(g, src) : NULL;
+        const struct ggml_tensor *cache = src ? cache_behind(p, g, src) : NULL;
         if (cache) {
             *source = j;
             return cache;
@@ -340,7 +418,7 @@ static void look_at(struct scan *c, int at)
     if (kvs_op(g, node) == KVS_OP_NOTHING)
         return;
     int source;
-    const struct ggml_tensor *cache = cache_among(g, node, &source);
+    const struct ggml_tensor *cache = cache_among(c->p, g, node, &source);
     if (cache) {
         if (!is_understood(c->p, node))
             with_cache(c, node, source, cache, at);
@@ -393,6 +471,7 @@ bool kvs_resident_scan(struct kvs_ggml *g, struct ggml_cgraph *graph, struct kvs
     if (!*plan && !(*plan = calloc(1, sizeof **plan)))
         kvs_die("out of memory");
     struct kvs_plan *p = *plan;
+    kvs_plan_forget(p);
     p->write_count = p->count = p->next = p->blank_count = p->slot_count = 0;
     p->tokens = NULL;
     struct scan c = {.g = g, .p = p, .graph = graph};

@@ -26,6 +26,10 @@ struct kvs_write {
     struct ggml_tensor *node;
     const struct ggml_tensor *cache, *source, *cells;
     bool values, taken;
+    bool scrub; /* no later node reads the source */
+    bool early; /* taken when the engine would have, because the source may not last until attention */
+    uint8_t *rows; /* what was taken early */
+    size_t size;
     int at;
 };
 
@@ -36,11 +40,12 @@ struct kvs_slot {
     bool sent;
 };
 
-enum kvs_step_kind { KVS_STEP_ATTEND, KVS_STEP_ROTATE };
+enum kvs_step_kind { KVS_STEP_ATTEND, KVS_STEP_ROTATE, KVS_STEP_TAKE };
 struct kvs_step {
     enum kvs_step_kind kind;
     struct ggml_tensor *node; /* after which it is time; for attention the output */
     int at;
+    bool done;
     const struct ggml_tensor *k; /* the cache's tensor of keys */
     struct kvs_cache *cache;
     /* attention */
@@ -49,8 +54,10 @@ struct kvs_step {
     const struct kvs_write *cells_of;
     uint32_t slot, visible;
     float scale, max_bias, softcap;
-    bool flash, scrub_q, scrub_k, scrub_v;
+    bool flash, scrub_q;
     struct kvs_cache shape; /* as this step sees it; declared when it is new */
+    /* an early take */
+    struct kvs_write *take;
     /* rotation */
     const struct ggml_tensor *hadamard;
 };
@@ -71,6 +78,10 @@ struct kvs_plan {
     uint8_t *scratch;
     size_t scratch_size;
 };
+/* Adds what must be taken early; the steps are in the order of the graph then. */
+KVS_HIDDEN void kvs_plan_takes(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_cgraph *graph);
+/* Wipes rows that were taken and not used. */
+KVS_HIDDEN void kvs_plan_forget(struct kvs_plan *p);
 KVS_HIDDEN uint8_t *kvs_plan_scratch(struct kvs_plan *p, size_t size);
 
 #endif

@@ -187,6 +187,32 @@ static struct sizes sizes_of(const struct kvs_step *s)
                           (size_t)c->heads * c->dim_v * 4, s->sinks ? (size_t)c->heads * 4 : 0};
 }
 
+/* Rows of a write: from the engine, or as they were taken. */
+static void get_written(struct kvs_ggml *g, const struct kvs_write *w, uint32_t floats, uint32_t first, uint32_t count, uint8_t *out)
+{
+    size_t row = (size_t)floats * sizeof(float);
+    if (!w->early)
+        get_rows(g, w->source, floats, first, count, out);
+    else if (w->rows && (first + count) * row <= w->size)
+        memcpy(out, w->rows + first * row, count * row);
+    else
+        kvs_die("the engine computes attention before the keys and values that it needs");
+}
+
+static void take(struct kvs_ggml *g, const struct kvs_step *s)
+{
+    struct kvs_write *w = s->take;
+    uint32_t floats = s->cache->kv_heads * (w->values ? s->cache->dim_v : s->cache->dim_k);
+    const int64_t *ne = kvs_ne(g, w->source);
+    w->size = (size_t)(ne[0] * ne[1] * ne[2] * ne[3]) * sizeof(float);
+    w->rows = malloc(w->size);
+    if (!w->rows)
+        kvs_die("out of memory");
+    get_rows(g, w->source, floats, 0, (uint32_t)(w->size / sizeof(float) / floats), w->rows);
+    if (w->scrub)
+        wipe_rows(g, w->source);
+}
+
 /* One frame: some tokens' keys and values, some tokens' queries. */
 static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs_step *s, struct attend_head *h)
 {
@@ -196,9 +222,9 @@ static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs
     h->sinks = h->query_count > 0 && s->sinks ? s->cache->heads : 0;
     memcpy(body, h, sizeof *h);
     if (h->put_count > 0) {
-        get_rows(g, s->keys->source, h->k_floats, h->put_first, h->put_count, at);
+        get_written(g, s->keys, h->k_floats, h->put_first, h->put_count, at);
         at += h->put_count * z.k;
-        get_rows(g, s->values->source, h->v_floats, h->put_first, h->put_count, at);
+        get_written(g, s->values, h->v_floats, h->put_first, h->put_count, at);
         at += h->put_count * z.v;
     }
     if (h->query_count > 0) {
@@ -211,9 +237,9 @@ static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs
     }
     bool last = h->query_count > 0 && h->query_first + h->query_count == p->slots[s->slot].tokens;
     if (last) { /* before the answer: it may lie where the keys were */
-        if (s->scrub_k)
+        if (s->keys && s->keys->scrub && !s->keys->early)
             wipe_rows(g, s->keys->source);
-        if (s->scrub_v)
+        if (s->values && s->values->scrub && !s->values->early)
             wipe_rows(g, s->values->source);
         if (s->scrub_q)
             wipe_rows(g, s->q);
@@ -385,23 +411,6 @@ static void drop_unknown(struct kvs_plan *p)
     p->count = kept;
 }
 
-static bool overlap(struct kvs_ggml *g, const struct ggml_tensor *a, const struct ggml_tensor *b)
-{
-    const char *x = g->get_data(a), *y = g->get_data(b);
-    return kvs_buffer(g, kvs_base(g, a)) == kvs_buffer(g, kvs_base(g, b)) && x < y + g->nbytes(b) && y < x + g->nbytes(a);
-}
-
-/* Keys and values are read when the queries are ready, some nodes after the engine itself would have read them. */
-static void check_lifetime(struct kvs_ggml *g, struct ggml_cgraph *graph, const struct kvs_step *s, const struct kvs_write *w)
-{
-    for (int i = w->at + 1; i < s->at; i++) {
-        struct ggml_tensor *node = g->graph_node(graph, i);
-        if (kvs_op(g, node) != KVS_OP_NOTHING && overlap(g, node, w->source))
-            kvs_die("the engine overwrites the keys or values of layer %u (with %s) before kvshield can take them",
-                    s->cache->layer, kvs_name(g, node));
-    }
-}
-
 struct use {
     const struct ggml_tensor *base;
     int last; /* node that reads it last */
@@ -453,8 +462,10 @@ static void plan_scrub(struct kvs_ggml *g, struct kvs_plan *p, struct ggml_cgrap
         if (s->kind != KVS_STEP_ATTEND)
             continue;
         s->scrub_q = use_of(uses, n, kvs_base(g, s->q))->last < s->at;
-        s->scrub_k = s->keys && use_of(uses, n, kvs_base(g, s->keys->source))->last < s->at;
-        s->scrub_v = s->keys && use_of(uses, n, kvs_base(g, s->values->source))->last < s->at;
+        struct kvs_write *both[2] = {s->keys, s->values};
+        for (int j = 0; j < 2; j++)
+            if (both[j])
+                both[j]->scrub = use_of(uses, n, kvs_base(g, both[j]->source))->last < both[j]->at;
     }
     free(uses);
 }
@@ -467,15 +478,9 @@ bool kvs_resident_begin(struct kvs_ggml *g, struct kvs_plan *p, struct ggml_cgra
     drop_unknown(p);
     for (size_t i = 0; i < p->blank_count; i++)
         *kvs_op_of(g, p->blanks[i].node) = 0;
-    for (size_t i = 0; i < p->count; i++) {
-        const struct kvs_step *s = &p->steps[i];
-        if (s->keys) {
-            check_lifetime(g, graph, s, s->keys);
-            check_lifetime(g, graph, s, s->values);
-        }
-    }
     if (kvs_session_scrubs())
         plan_scrub(g, p, graph);
+    kvs_plan_takes(p, g, graph);
     return true;
 }
 
@@ -493,18 +498,38 @@ bool kvs_resident_reserve(struct kvs_ggml *g, struct ggml_cgraph *graph)
     return ok;
 }
 
-bool kvs_resident_wants(const struct kvs_plan *p, const struct ggml_tensor *t)
+#define LOOK_AHEAD 8 /* a device's scheduler may change the order a little */
+
+static struct kvs_step *step_of(const struct kvs_plan *p, const struct ggml_tensor *t)
 {
-    return p->next < p->count && p->steps[p->next].node == t;
+    for (size_t i = p->next; i < p->count && i < p->next + LOOK_AHEAD; i++)
+        if (p->steps[i].node == t && !p->steps[i].done)
+            return &p->steps[i];
+    return NULL;
 }
 
-void kvs_resident_attend(struct kvs_ggml *g, struct kvs_plan *p)
+bool kvs_resident_wants(const struct kvs_plan *p, const struct ggml_tensor *t)
 {
-    struct kvs_step *s = &p->steps[p->next++];
-    if (s->kind == KVS_STEP_ROTATE)
+    return step_of(p, t) != NULL;
+}
+
+void kvs_resident_attend(struct kvs_ggml *g, struct kvs_plan *p, const struct ggml_tensor *t)
+{
+    struct kvs_step *s = step_of(p, t);
+    switch (s->kind) {
+    case KVS_STEP_ROTATE:
         rotate(g, s);
-    else
+        break;
+    case KVS_STEP_TAKE:
+        take(g, s);
+        break;
+    case KVS_STEP_ATTEND:
         attend(g, p, s);
+        break;
+    }
+    s->done = true;
+    while (p->next < p->count && p->steps[p->next].done)
+        p->next++;
 }
 
 long kvs_resident_missing(const struct kvs_plan *p)
@@ -605,7 +630,8 @@ void kvs_resident_end(struct kvs_ggml *g, struct kvs_plan *p, void *sched, struc
         *kvs_op_of(g, p->blanks[i].node) = p->blanks[i].op;
     for (size_t i = 0; i < p->slot_count; i++)
         p->slots[i].sent = false;
-    if (!kvs_session_scrubs() || p->count == 0 || p->steps[0].kind != KVS_STEP_ATTEND)
+    kvs_plan_forget(p);
+    if (!kvs_session_scrubs() || p->slot_count == 0)
         return;
     g->backend->synchronize(sched);
     wipe_results(g, p, graph);
