@@ -3,8 +3,8 @@ package resident
 import "math"
 
 // rope is ggml's rotary embedding with YaRN (arXiv 2309.00071), in its single precision and its order of operations
-// (ggml/src/ggml-cpu/ops.cpp), so that the engine's results come out to the bit. Products are rounded on their own:
-// without float32(…) a compiler may fuse them with the sum that follows.
+// (ggml/src/ggml-cpu/ops.cpp), so that the engine's results come out to the bit in F16. Products are fused with sums where its
+// builds for processors with FMA do so, and rounded on their own elsewhere: without float32(…) a compiler has the choice.
 type rope struct {
 	dims           int
 	neox           bool
@@ -24,6 +24,9 @@ func correction(dims int, context int32, turns, base float32) float32 {
 
 func log32(x float32) float32 { return float32(math.Log(float64(x))) }
 
+// fma is x·y + z: the product of two float32 is exact in float64.
+func fma(x, y, z float32) float32 { return float32(float64(x)*float64(y) + float64(z)) }
+
 // ramp is 1 for pairs that are extrapolated, 0 for those that are interpolated.
 func (r *rope) ramp(pair int) float32 {
 	y := (float32(pair) - r.low) / max(0.001, r.high-r.low)
@@ -38,7 +41,7 @@ func (r *rope) prepare(shift int32) bool {
 	r.shift, r.cos, r.sin = shift, r.cos[:0], r.sin[:0]
 	magnitude := r.magnitude
 	if r.ext != 0 {
-		magnitude *= 1 + float32(0.1*log32(1/r.scale))
+		magnitude *= fma(0.1, log32(1/r.scale), 1)
 	}
 	fine := true
 	theta := float32(shift)
@@ -50,7 +53,7 @@ func (r *rope) prepare(shift int32) bool {
 		angle := r.scale * extrapolated
 		if r.ext != 0 {
 			mix := r.ramp(pair) * r.ext
-			angle = float32(angle*(1-mix)) + float32(extrapolated*mix)
+			angle = fma(angle, 1-mix, float32(extrapolated*mix))
 		}
 		c, s := float32(math.Cos(float64(angle)))*magnitude, float32(math.Sin(float64(angle)))*magnitude
 		r.cos, r.sin = append(r.cos, c), append(r.sin, s)
@@ -71,8 +74,8 @@ func (r *rope) turn(key []float32) {
 			i, j = pair, pair+r.dims/2
 		}
 		x, y, s := key[i], key[j], r.sin[pair]
-		key[i] = float32(x*c) - float32(y*s)
-		key[j] = float32(x*s) + float32(y*c)
+		key[i] = fma(x, c, -float32(y*s))
+		key[j] = fma(x, s, float32(y*c))
 	}
 }
 

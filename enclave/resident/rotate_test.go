@@ -1,9 +1,12 @@
 package resident
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math"
+	"os"
+	"slices"
 	"testing"
 
 	"github.com/kvshield/kvshield/enclave"
@@ -254,5 +257,57 @@ func TestRotateOutOfRange(t *testing.T) {
 	}
 	if s.store.(*store).layers[s.id].streams[0].Written(0) {
 		t.Error("the cell is still there")
+	}
+}
+
+// testdata/rope-f16.bin is what ggml 0.27 itself makes (ggml_rope_ext on F16 in libggml-cpu-haswell.so of Debian's llama.cpp 0.7.0):
+// for each case, cells 1, 6, 37, 63 with 2 heads of 64. Element i of all cells' keys is ((7919·i mod 8191) - 4095)/1024 in F16, cell
+// c is shifted by c²+1, odd cells by the negative.
+func TestRotateEqualsTheEngineToTheBit(t *testing.T) {
+	want, err := os.ReadFile("testdata/rope-f16.bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var factors []float32
+	for i := range 32 {
+		factors = append(factors, 1+float32(i)/4)
+	}
+	cases := []enclave.Rotation{
+		{Dims: 64, Mode: 0, ContextOrig: 4096, Base: 1e4, Scale: 1, AttnFactor: 1},
+		{Dims: 64, Mode: 2, ContextOrig: 4096, Base: 1e4, Scale: 1, AttnFactor: 1},
+		{Dims: 48, Mode: 2, ContextOrig: 4096, Base: 5e5, Scale: 0.25, AttnFactor: 1},
+		{Dims: 64, Mode: 2, ContextOrig: 2048, Base: 1e6, Scale: 0.25, ExtFactor: 1, AttnFactor: 0.9},
+		{Dims: 64, Mode: 0, ContextOrig: 8192, Base: 5e5, Scale: 1, AttnFactor: 1, Factors: factors},
+		{Dims: 64, Mode: 0, ContextOrig: 2048, Base: 1e6, Scale: 0.125, ExtFactor: 1, AttnFactor: 1, Factors: factors},
+	}
+	layer := enclave.LayerCache{QueryHeads: 2, KVHeads: 2, DimK: 64, DimV: 1, Cells: 64, Streams: 1}
+	for i, r := range cases {
+		r.BetaFast, r.BetaSlow = 32, 1
+		s := newScene(t, layer, 1)
+		c := s.store.(*store).layers[s.id].streams[0]
+		for cell := range 64 {
+			key := make([]float32, 128)
+			for d := range key {
+				key[d] = float32((cell*128+d)*7919%8191-4095) / 1024
+			}
+			if err := c.Put(int64(cell), key, []float32{0, 0}); err != nil {
+				t.Fatal(err)
+			}
+			r.Shift = append(r.Shift, int32(cell*cell+1)*int32(1-cell%2*2))
+		}
+		if err := s.store.Rotate(s.id, &r); err != nil {
+			t.Fatal(err)
+		}
+		for _, cell := range []int64{1, 6, 37, 63} {
+			raw := make([]byte, 2*(128+2))
+			if err := c.Export(cell, raw); err != nil {
+				t.Fatal(err)
+			}
+			got := slices.Concat(raw[:128], raw[130:258]) // without the values
+			if !bytes.Equal(got, want[:256]) {
+				t.Errorf("case %d: cell %d differs from the engine's", i, cell)
+			}
+			want = want[256:]
+		}
 	}
 }
