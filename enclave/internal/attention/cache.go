@@ -20,6 +20,7 @@ type Cache struct {
 	pages   []*page
 	table   []uintptr // the address of each page, 0 where there is none: outside the Go heap, so it does not move
 	written []uint32  // a bit for each cell, a word for each panel
+	at      place     // of the cell that Put writes: here because the kernel's argument would be an allocation otherwise
 	closed  bool
 }
 
@@ -72,11 +73,11 @@ func (c *Cache) Put(cell int64, k, v []float32) error {
 	if err != nil {
 		return err
 	}
-	at := c.shape.at(cell % pageCells)
+	c.at = c.shape.at(cell % pageCells)
 	panel, bit := cell/panelCells, uint32(1)<<(cell%panelCells)
-	if !c.kernel.put(&at, k, v, p.mem) {
+	if !c.kernel.put(&c.at, k, v, p.mem) {
 		zeros := make([]float32, max(len(k), len(v)))
-		c.kernel.put(&at, zeros[:len(k)], zeros[:len(v)], p.mem)
+		c.kernel.put(&c.at, zeros[:len(k)], zeros[:len(v)], p.mem)
 		c.written[panel] &^= bit
 		return fmt.Errorf("%w: cell %d as %v", ErrNotFinite, cell, c.shape.Type)
 	}

@@ -167,7 +167,7 @@ func testGuards(t *testing.T, s Shape, tokens int, k *kernel) {
 			t.Fatal(err)
 		}
 		j := r.job(0)
-		r.work(guarded(t, j.scratchFloats()+r.partFloats))
+		r.work(guarded(t, j.scratchFloats()+r.partFloats), &job{})
 		if r.bad.Load() {
 			t.Fatal("not finite")
 		}

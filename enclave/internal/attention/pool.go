@@ -15,8 +15,11 @@ import (
 type Pool struct {
 	mu      sync.Mutex
 	scratch []*secmem.Region // one for each thread, the caller's first
+	jobs    []job            // what each thread works at
 	parts   *secmem.Region
 	vis     visibility
+	slopes  []float32 // of the last call, for so many heads and this max_bias; never written again
+	maxBias float32
 	closed  bool
 
 	current atomic.Pointer[run]
@@ -33,6 +36,7 @@ func NewPool(threads int) *Pool {
 	threads = min(max(threads, 1), MaxThreads)
 	p := &Pool{
 		scratch: make([]*secmem.Region, threads),
+		jobs:    make([]job, threads),
 		wake:    make(chan struct{}, threads),
 		stop:    make(chan struct{}),
 	}
@@ -89,6 +93,10 @@ func (p *Pool) prepare(r *run) error {
 	if err := p.vis.check(r.c.written); err != nil {
 		return err
 	}
+	if heads := r.c.shape.QueryHeads; len(p.slopes) != heads || p.maxBias != r.params.MaxBias {
+		p.slopes, p.maxBias = Slopes(heads, r.params.MaxBias), r.params.MaxBias
+	}
+	r.slopes = p.slopes
 	if err := r.plan(len(p.scratch)); err != nil {
 		return err
 	}
@@ -117,7 +125,7 @@ const spins = 2000
 // not hold up the caller.
 func (p *Pool) do(r *run) {
 	if len(p.scratch) == 1 || r.items == 1 || r.small() {
-		r.work(floats(p.scratch[0]))
+		r.work(floats(p.scratch[0]), &p.jobs[0])
 		return
 	}
 	r.ending = make(chan struct{}, 1)
@@ -128,7 +136,7 @@ func (p *Pool) do(r *run) {
 		default: // enough wake-ups are under way
 		}
 	}
-	r.work(floats(p.scratch[0]))
+	r.work(floats(p.scratch[0]), &p.jobs[0])
 	p.current.Store(nil)
 	if r.state.Add(over) == over {
 		return
@@ -156,7 +164,7 @@ func (p *Pool) help(i int) {
 			}
 			continue
 		}
-		r.work(floats(p.scratch[i]))
+		r.work(floats(p.scratch[i]), &p.jobs[i])
 		r.leave()
 	}
 }

@@ -50,7 +50,9 @@ func (r *run) plan(threads int) error {
 		r.splits = max(1, min((itemsAThread*threads+whole-1)/whole, panels/splitPanels))
 	}
 	r.items = int64(s.KVHeads) * int64(r.tiles) * int64(r.splits)
-	r.slopes = Slopes(s.QueryHeads, r.params.MaxBias)
+	if r.slopes == nil {
+		r.slopes = Slopes(s.QueryHeads, r.params.MaxBias)
+	}
 	for _, slope := range r.slopes {
 		if !(slope > 0) || !finite(slope) {
 			return fmt.Errorf("%w: max_bias %v gives a slope of %v", ErrParams, r.params.MaxBias, slope)
@@ -95,19 +97,19 @@ func (r *run) job(i int64) job {
 	}
 }
 
-// work takes items until none is left.
-func (r *run) work(scratch []float32) {
+// work takes items until none is left. j is a place for their descriptions.
+func (r *run) work(scratch []float32, j *job) {
 	for {
 		i := r.next.Add(1) - 1
 		if i >= r.items {
 			return
 		}
-		r.do(i, scratch)
+		r.do(i, scratch, j)
 	}
 }
 
-func (r *run) do(i int64, scratch []float32) {
-	j := r.job(i)
+func (r *run) do(i int64, scratch []float32, j *job) {
+	*j = r.job(i)
 	kernel := r.c.kernel
 	need := j.scratchFloats()
 	group := int(i) / r.splits
@@ -115,7 +117,7 @@ func (r *run) do(i int64, scratch []float32) {
 	if r.parts != nil {
 		part = r.parts[int(i)*r.partFloats:]
 	}
-	if !kernel.item(&j, r, scratch[:need], part[:r.partFloats]) {
+	if !kernel.item(j, r, scratch[:need], part[:r.partFloats]) {
 		r.bad.Store(true)
 	}
 	parts := part
@@ -125,7 +127,7 @@ func (r *run) do(i int64, scratch []float32) {
 		}
 		parts = r.parts[group*r.splits*r.partFloats:]
 	}
-	if !kernel.finish(&j, r, parts[:r.splits*r.partFloats], r.splits, r.partFloats) {
+	if !kernel.finish(j, r, parts[:r.splits*r.partFloats], r.splits, r.partFloats) {
 		r.bad.Store(true)
 	}
 }
