@@ -132,13 +132,16 @@ func TestStorageOverride(t *testing.T) {
 func TestAttendFailsWithZeros(t *testing.T) {
 	s := newScene(t, demo, 7)
 	s.play(s.fill(5, enclave.MaskF16, 0), 0, 1, 1)
-	u := s.decode([]int64{0}, 200, enclave.MaskF16, 0) // sees cells never written
+	if err := s.store.Keep(s.id, 302, 1, []uint32{0}); err != nil {
+		t.Fatal(err)
+	}
+	u := s.decode([]int64{0, 1}, 4, enclave.MaskF16, 0) // only the second one sees a cell that is gone
 	if err := s.store.Begin(0, s.batch(u)); err != nil {
 		t.Fatal(err)
 	}
 	a := s.params
-	a.QueryCount = 1
-	a.Q, a.Out = make([]float32, demo.QueryHeads*demo.DimK), make([]float32, demo.QueryHeads*demo.DimV)
+	a.QueryCount = 2
+	a.Q, a.Out = make([]float32, 2*demo.QueryHeads*demo.DimK), make([]float32, 2*demo.QueryHeads*demo.DimV)
 	for i := range a.Out {
 		a.Out[i] = 7
 	}

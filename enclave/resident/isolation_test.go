@@ -90,6 +90,21 @@ func TestWipedCellsCannotBeSeen(t *testing.T) {
 	}
 }
 
+func TestWindow(t *testing.T) {
+	words := []uint32{0x89abcdef, 0x01234567, 0xfedcba98}
+	bit := func(w []uint32, i int64) uint32 { return w[i/32] >> (i % 32) & 1 }
+	for at := range int64(96) {
+		for n := range 96 - at + 1 {
+			w := window(words, at, n)
+			for i := range n {
+				if bit(w, i) != bit(words, at+i) {
+					t.Fatalf("window at %d of %d: bit %d is wrong", at, n, i)
+				}
+			}
+		}
+	}
+}
+
 func TestCopiedStream(t *testing.T) {
 	s := newScene(t, demo, 32)
 	s.play(s.fill(10, enclave.MaskF16, 0), 0, 1, 1)
@@ -129,8 +144,14 @@ func TestReleaseGivesBack(t *testing.T) {
 	if reserved <= 0 || used <= 0 || used > reserved || limit != 1<<28 || sum != used {
 		t.Errorf("reserved %d, used %d, limit %d, kinds %v", reserved, used, limit, kinds)
 	}
+	left := s.store.(*store).layers[s.id].streams
 	if err := s.store.Release(s.id); err != nil {
 		t.Fatal(err)
+	}
+	for i, c := range left {
+		if c.Bytes() != 0 {
+			t.Errorf("stream %d of a released layer has %d bytes", i, c.Bytes())
+		}
 	}
 	if reserved, used, _, kinds := r.Usage(); reserved != 0 || used != 0 || len(kinds) != 0 {
 		t.Errorf("after Release: reserved %d, used %d, kinds %v", reserved, used, kinds)

@@ -9,9 +9,9 @@ import (
 
 type opener struct {
 	state
-	kinds []recordKind // of the records that were checked
-	ended bool
-	wrong bool // a record was refused: nothing of the state is used any more
+	checked uint64 // records
+	ended   bool
+	wrong   bool // a record was refused: nothing of the state is used any more
 }
 
 // Opener refuses a header for other models at once; one that was changed gives the wrong key, so no record opens.
@@ -44,19 +44,19 @@ func (o *opener) Check(dst, record []byte) (text []byte, end bool, err error) {
 	case o.wrong || o.ended:
 		return nil, false, enclave.ErrSealed
 	}
-	kind, buf, plain, err := o.open(record, uint64(len(o.kinds)))
+	kind, buf, plain, err := o.open(record, o.checked)
 	if err != nil {
 		o.wrong = true
 		return nil, false, err
 	}
 	defer func() { o.s.done(buf) }()
 	if kind == recordEnd {
-		if o.wrong = len(plain) != 8 || binary.LittleEndian.Uint64(plain) != uint64(len(o.kinds)); o.wrong {
+		if o.wrong = len(plain) != 8 || binary.LittleEndian.Uint64(plain) != o.checked; o.wrong {
 			return nil, false, enclave.ErrSealed
 		}
 		o.ended = true
 	}
-	o.kinds = append(o.kinds, kind)
+	o.checked++
 	if kind == recordText {
 		text = append(dst, plain...)
 		if text == nil {
@@ -73,7 +73,7 @@ func (o *opener) Place(number int, record []byte, id enclave.CacheID, cells []in
 	if err != nil {
 		return err
 	}
-	if o.wrong || number < 0 || number >= len(o.kinds) || o.kinds[number] != recordCells {
+	if o.wrong || number < 0 || uint64(number) >= o.checked {
 		return enclave.ErrSealed
 	}
 	kind, buf, plain, err := o.open(record, uint64(number))

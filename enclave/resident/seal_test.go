@@ -282,9 +282,9 @@ func TestPlaceRejects(t *testing.T) {
 	header, records := s.save()
 	f32 := s.layer
 	f32.Storage = enclave.StorageF32
-	wide, few := s.layer, s.layer
-	wide.DimV, few.KVHeads = 25, 3
-	ids := []enclave.CacheID{declare(t, s.store, f32), declare(t, s.store, wide), declare(t, s.store, few)}
+	wide, few, swapped := s.layer, s.layer, s.layer
+	wide.DimV, few.KVHeads, swapped.DimK, swapped.DimV = 25, 3, s.layer.DimV, s.layer.DimK // the last takes as many bytes
+	ids := []enclave.CacheID{declare(t, s.store, f32), declare(t, s.store, wide), declare(t, s.store, few), declare(t, s.store, swapped)}
 	_, _, o, err := restore(s.store, header, records[:3])
 	if err != nil {
 		t.Fatal(err)
@@ -309,6 +309,7 @@ func TestPlaceRejects(t *testing.T) {
 		{"other storage", 1, records[1], ids[0], savedCells, enclave.ErrCache},
 		{"other dimension", 1, records[1], ids[1], savedCells, enclave.ErrCache},
 		{"other heads", 1, records[1], ids[2], savedCells, enclave.ErrCache},
+		{"keys for values", 1, records[1], ids[3], savedCells, enclave.ErrCache},
 		{"fewer cells", 1, records[1], s.id, savedCells[:4], enclave.ErrCache},
 		{"more cells", 1, records[1], s.id, append(savedCells, 1), enclave.ErrCache},
 		{"cell past the end", 1, records[1], s.id, []int64{900, 0, 1, 2, 3}, enclave.ErrCache},
