@@ -140,7 +140,7 @@ func (h *host) prepare(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", h.flags.model, err)
 	}
-	if model.Action != enclave.Shield {
+	if model.Action == enclave.Pass {
 		return fmt.Errorf("%s is not a language model (architecture %q); give a model that generates text", h.flags.model, model.Architecture)
 	}
 	report, err := h.shield.Attest(ctx, nil)

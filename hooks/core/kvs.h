@@ -309,6 +309,7 @@ KVS_HIDDEN void kvs_dump(struct kvs_ggml *g, void *sched, struct ggml_cgraph *gr
 struct kvs_cache {
     const struct ggml_tensor *k, *v;
     struct ggml_backend_buffer *buffer;
+    const void *context; /* of the engine, to which the cache belongs; NULL until a survey has shown it */
     uint32_t id, layer, heads, kv_heads, dim_k, dim_v, cells, streams, storage;
 };
 KVS_HIDDEN struct kvs_cache *kvs_cache_of(const struct ggml_tensor *k); /* by the tensor of keys */
@@ -320,6 +321,9 @@ KVS_HIDDEN void kvs_buffer_cleared(struct ggml_backend_buffer *buffer);
 KVS_HIDDEN void kvs_buffer_freed(struct ggml_backend_buffer *buffer);
 /* True when both are cache rows and the copy was made in the enclave instead. */
 KVS_HIDDEN bool kvs_tensor_copied(struct kvs_ggml *g, const struct ggml_tensor *from, const struct ggml_tensor *to);
+
+/* record.c: true when the rows are a cache's and the access was noted instead of made. */
+KVS_HIDDEN bool kvs_recorded(struct kvs_ggml *g, const struct ggml_tensor *t, size_t offset, size_t size);
 
 /* resident.c: mode resident. */
 struct kvs_plan;

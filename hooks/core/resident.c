@@ -3,6 +3,7 @@
  * cache stays zero. The engine's own attention and its writes into the cache are taken out of the graph.
  */
 #include "plan.h"
+#include "record.h"
 
 #include <stdlib.h>
 
@@ -474,6 +475,7 @@ bool kvs_resident_begin(struct kvs_ggml *g, struct kvs_plan *p, struct ggml_cgra
 {
     if (!find_caches(p))
         return false;
+    kvs_cells_change();
     check_caches(p);
     drop_unknown(p);
     for (size_t i = 0; i < p->blank_count; i++)

@@ -7,7 +7,7 @@
  * libllama with local scope, where RTLD_NEXT does not see it.
  */
 #define _GNU_SOURCE
-#include "kvs.h"
+#include "preload.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -21,14 +21,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define EXPORT __attribute__((visibility("default")))
 #define MAX_CALLERS 32
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct kvs_ggml callers[MAX_CALLERS];
 static size_t count;
 
-static void *look_up(void *handle, const char *name, const void *own, bool required)
+void *kvs_look_up(void *handle, const char *name, const void *own, bool required)
 {
     void *real = handle ? dlsym(handle, name) : NULL;
     if (!real || real == own)
@@ -47,12 +46,14 @@ EXPORT bool ggml_backend_sched_reserve(void *, struct ggml_cgraph *);
 EXPORT void ggml_backend_buffer_clear(struct ggml_backend_buffer *, uint8_t);
 EXPORT void ggml_backend_buffer_free(struct ggml_backend_buffer *);
 EXPORT void ggml_backend_tensor_copy(struct ggml_tensor *, struct ggml_tensor *);
+EXPORT void ggml_backend_tensor_get(const struct ggml_tensor *, void *, size_t, size_t);
+EXPORT void ggml_backend_tensor_set(struct ggml_tensor *, const void *, size_t, size_t);
 EXPORT uint32_t llama_model_quantize(const char *, const char *, const void *);
 
 static void resolve(struct kvs_ggml *g, void *h)
 {
 #define GET(member, name, own, required) \
-    *(void **)(void *)&g->member = look_up(h, name, (const void *)(uintptr_t)(own), required)
+    *(void **)(void *)&g->member = kvs_look_up(h, name, (const void *)(uintptr_t)(own), required)
     GET(version, "ggml_version", NULL, true);
     GET(init, "ggml_init", NULL, true);
     GET(free, "ggml_free", NULL, true);
@@ -69,8 +70,8 @@ static void resolve(struct kvs_ggml *g, void *h)
     GET(is_contiguous, "ggml_is_contiguous", NULL, true);
     GET(graph_n_nodes, "ggml_graph_n_nodes", NULL, true);
     GET(graph_node, "ggml_graph_node", NULL, true);
-    GET(tensor_get, "ggml_backend_tensor_get", NULL, true);
-    GET(tensor_set, "ggml_backend_tensor_set", NULL, true);
+    GET(tensor_get, "ggml_backend_tensor_get", ggml_backend_tensor_get, true);
+    GET(tensor_set, "ggml_backend_tensor_set", ggml_backend_tensor_set, true);
     GET(set_eval_callback, "ggml_backend_sched_set_eval_callback", ggml_backend_sched_set_eval_callback, true);
     GET(graph_compute_async, "ggml_backend_sched_graph_compute_async", ggml_backend_sched_graph_compute_async, true);
     GET(sched_reserve, "ggml_backend_sched_reserve", ggml_backend_sched_reserve, true);
@@ -98,7 +99,7 @@ static void *find_function(const struct kvs_ggml *g, const char *name)
 {
     Dl_info at;
     void *handle = dladdr(g->caller, &at) ? dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
-    return look_up(handle, name, NULL, false);
+    return kvs_look_up(handle, name, NULL, false);
 }
 
 /* The ggml that the code at `address` uses. Looked up once for each library that calls. */
@@ -129,6 +130,21 @@ static struct kvs_ggml *ggml_of(const void *address)
     return g;
 }
 #define CALLER() ggml_of(__builtin_return_address(0))
+
+/* For what is called many times for each token: a library's address is looked up once for each place that calls. */
+static struct kvs_ggml *ggml_of_often(const void *address)
+{
+    static _Thread_local struct {
+        const void *address;
+        struct kvs_ggml *g;
+    } seen[64];
+    size_t i = ((uintptr_t)address >> 2) % (sizeof seen / sizeof *seen);
+    if (seen[i].address != address) {
+        seen[i].g = ggml_of(address);
+        seen[i].address = address;
+    }
+    return seen[i].g;
+}
 
 /* Opened again under another name, or under the memory file's own: not the engine's first look at a model. */
 static bool is_own_path(const char *path)
@@ -299,6 +315,20 @@ void ggml_backend_tensor_copy(struct ggml_tensor *from, struct ggml_tensor *to)
         g->tensor_copy(from, to);
 }
 
+void ggml_backend_tensor_get(const struct ggml_tensor *t, void *data, size_t offset, size_t size)
+{
+    struct kvs_ggml *g = ggml_of_often(__builtin_return_address(0));
+    if (!kvs_recorded(g, t, offset, size))
+        g->tensor_get(t, data, offset, size);
+}
+
+void ggml_backend_tensor_set(struct ggml_tensor *t, const void *data, size_t offset, size_t size)
+{
+    struct kvs_ggml *g = ggml_of_often(__builtin_return_address(0));
+    if (!kvs_recorded(g, t, offset, size))
+        g->tensor_set(t, data, offset, size);
+}
+
 /* Quantising under the shield would write a model with permuted weights to disk. */
 uint32_t llama_model_quantize(const char *in, const char *out, const void *params)
 {
@@ -308,39 +338,3 @@ uint32_t llama_model_quantize(const char *in, const char *out, const void *param
             in ? in : "model");
     return 1;
 }
-
-/*
- * The functions that write and read a saved cache take and return integers and pointers only, in registers; six are passed on
- * whatever a version uses.
- */
-typedef uintptr_t (*state_file)(uintptr_t, const char *, uintptr_t, uintptr_t, uintptr_t, uintptr_t);
-
-static state_file real_state(const char *name, const void *own, const void *caller)
-{
-    Dl_info at;
-    void *handle = dladdr(caller, &at) ? dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
-    state_file real;
-    *(void **)(void *)&real = look_up(handle, name, own, true);
-    return real;
-}
-
-#define DEFINE_SAVE(name)                                                                          \
-    EXPORT uintptr_t name(uintptr_t, const char *, uintptr_t, uintptr_t, uintptr_t, uintptr_t);    \
-    uintptr_t name(uintptr_t a, const char *path, uintptr_t c, uintptr_t d, uintptr_t e, uintptr_t f) \
-    {                                                                                              \
-        state_file real = real_state(#name, (const void *)(uintptr_t)name, __builtin_return_address(0)); \
-        uintptr_t result = real(a, path, c, d, e, f);                                              \
-        kvs_state_saved(path);                                                                     \
-        return result;                                                                             \
-    }
-#define DEFINE_LOAD(name)                                                                          \
-    EXPORT uintptr_t name(uintptr_t, const char *, uintptr_t, uintptr_t, uintptr_t, uintptr_t);    \
-    uintptr_t name(uintptr_t a, const char *path, uintptr_t c, uintptr_t d, uintptr_t e, uintptr_t f) \
-    {                                                                                              \
-        state_file real = real_state(#name, (const void *)(uintptr_t)name, __builtin_return_address(0)); \
-        return kvs_state_may_load(path) ? real(a, path, c, d, e, f) : 0;                           \
-    }
-DEFINE_SAVE(llama_state_save_file)
-DEFINE_SAVE(llama_state_seq_save_file)
-DEFINE_LOAD(llama_state_load_file)
-DEFINE_LOAD(llama_state_seq_load_file)
