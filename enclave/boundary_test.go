@@ -8,9 +8,9 @@ import (
 
 const module = "github.com/kvshield/kvshield/"
 
-// holdsKeys says whether a package can hold a key: the vault and what lies below enclave/internal.
+// holdsKeys says whether a package can hold a key: the vault, the keeper of caches, and what lies below enclave/internal.
 func holdsKeys(pkg string) bool {
-	return strings.HasPrefix(pkg, module+"enclave/vault") || strings.HasPrefix(pkg, module+"enclave/internal/")
+	return strings.HasPrefix(pkg, module+"enclave/vault") || strings.HasPrefix(pkg, module+"enclave/resident") || strings.HasPrefix(pkg, module+"enclave/internal/")
 }
 
 // The trust boundary is a package boundary: outside enclave/, only the enclave's own program is linked with code that

@@ -33,6 +33,7 @@ type fake struct {
 	timeout   time.Duration
 	respond   responder        // answers instead of the inverter where it is set
 	inverter  enclave.Inverter // nil: the identity
+	keeper    enclave.Keeper   // mode resident where it is set
 	refuse    string           // reason for which every model is refused
 	noHello   string           // reason for which every hello is refused
 	opened    session.Opened
@@ -105,7 +106,7 @@ func (f *fake) Hello(_ context.Context, p *session.Peer, _ session.Hello) (sessi
 	f.mu.Unlock()
 	f.greeted <- struct{}{}
 	return session.Welcome{Transport: f.transport, Capacity: f.capacity, SpinMicro: 20, TimeoutMS: uint32(f.timeout.Milliseconds()),
-		Dumps: f.dumps}, file, err
+		Dumps: f.dumps, Resident: f.keeper != nil, Scrub: f.keeper != nil}, file, err
 }
 
 func (f *fake) attachShared() (*os.File, func(), error) {
@@ -119,7 +120,14 @@ func (f *fake) attachShared() (*os.File, func(), error) {
 	}
 	served, stop := make(chan struct{}), region.Stop
 	if f.respond == nil {
-		go func() { defer close(served); region.Serve(&dataplane.Target{Inverter: f.inverter}, 0) }()
+		target := f.target()
+		go func() {
+			defer close(served)
+			region.Serve(target, 0)
+			if target.Store != nil {
+				target.Store.Close()
+			}
+		}()
 	} else {
 		raw, err := unix.Mmap(int(file.Fd()), 0, int(dataplane.Size(f.capacity)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 		if err != nil {
@@ -135,6 +143,13 @@ func (f *fake) attachShared() (*os.File, func(), error) {
 		f.count(region.Statistics())
 		region.Close()
 	}, nil
+}
+
+func (f *fake) target() *dataplane.Target {
+	if f.keeper == nil {
+		return &dataplane.Target{Inverter: f.inverter}
+	}
+	return &dataplane.Target{Store: f.keeper.OpenStore(func() []enclave.ModelID { return []enclave.ModelID{1} })}
 }
 
 // serveRaw answers in shared memory as docs/protocol.md lays it out, whatever the responder says.
@@ -213,6 +228,9 @@ func (f *fake) Open(_ context.Context, p *session.Peer, path string, _ *os.File)
 	}
 	if f.refuse != "" {
 		return session.Opened{}, nil, errors.New(f.refuse)
+	}
+	if f.keeper != nil {
+		return session.Opened{Reside: true, Model: 1}, nil, nil
 	}
 	if !f.opened.Shield {
 		return session.Opened{}, nil, nil

@@ -25,6 +25,9 @@ struct sched_state {
     struct kvs_model *model;
     struct kvs_plan *plan;  /* mode resident's; NULL in mode permute */
     bool resident;          /* the graph being computed has steps of the plan */
+    struct ggml_cgraph *graph; /* that was understood last; the engine computes it again until it lays out another one */
+    bool laid_out;             /* another one, since then */
+    bool says_so;              /* the engine lays out graphs through a function that the hook sees */
     struct target *targets; /* in the order in which they are computed */
     size_t count, capacity, next;
     struct sched_state *link;
@@ -279,18 +282,35 @@ static long missing_layer(const struct sched_state *s)
 
 #define KVS_GGML_STATUS_ALLOC_FAILED (-2)
 
+/* Goes through the graph, unless it is the one before. False when the enclave has no room for its caches. */
+static bool understand(struct sched_state *s, struct ggml_cgraph *graph)
+{
+    if (s->says_so && !s->laid_out && s->graph == graph) {
+        s->next = 0;
+        return true;
+    }
+    s->count = 0;
+    s->resident = false;
+    s->graph = NULL;
+    s->laid_out = false;
+    if (kvs_session_resident())
+        s->resident = kvs_resident_scan(s->g, graph, &s->plan);
+    else if (!kvs_session_observes())
+        scan(s, graph);
+    if (s->resident && !kvs_resident_prepare(s->g, s->plan, graph))
+        return false;
+    s->graph = graph;
+    return true;
+}
+
 int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
 {
     struct sched_state *s = state_of(g, sched);
-    s->count = 0;
-    s->resident = false;
-    if (kvs_session_resident())
-        s->resident = kvs_resident_scan(g, graph, &s->plan);
-    else if (!kvs_session_observes())
-        scan(s, graph);
-    kvs_dump(g, sched, graph);
-    if (s->resident && !kvs_resident_begin(g, s->plan, graph))
+    if (!understand(s, graph))
         return KVS_GGML_STATUS_ALLOC_FAILED;
+    kvs_dump(g, sched, graph);
+    if (s->resident)
+        kvs_resident_begin(g, s->plan);
     if (s->count == 0 && !s->resident) {
         g->set_eval_callback(sched, s->host, s->host_user);
         return g->graph_compute_async(sched, graph);
@@ -302,8 +322,17 @@ int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph
     if (status == KVS_GGML_STATUS_SUCCESS && missing >= 0 && !s->host_stopped)
         kvs_die("the engine passed over the attention output of layer %ld", missing);
     if (s->resident)
-        kvs_resident_end(g, s->plan, sched, graph);
+        kvs_resident_end(g, s->plan, sched);
     return status;
+}
+
+void kvs_graph_laid_out(void *sched)
+{
+    pthread_mutex_lock(&lock);
+    for (struct sched_state *s = states; s; s = s->link)
+        if (s->sched == sched)
+            s->laid_out = s->says_so = true;
+    pthread_mutex_unlock(&lock);
 }
 
 bool kvs_graph_reserve(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)

@@ -76,6 +76,7 @@ struct kvs_ggml {
     void (*set_eval_callback)(void *, kvs_eval_callback, void *);
     int (*graph_compute_async)(void *, struct ggml_cgraph *);
     bool (*sched_reserve)(void *, struct ggml_cgraph *);
+    bool (*sched_alloc)(void *, struct ggml_cgraph *);
     void (*buffer_clear)(struct ggml_backend_buffer *, uint8_t);
     void (*buffer_free)(struct ggml_backend_buffer *);
     void (*tensor_copy)(struct ggml_tensor *, struct ggml_tensor *);
@@ -329,9 +330,11 @@ KVS_HIDDEN bool kvs_recorded(struct kvs_ggml *g, const struct ggml_tensor *t, si
 struct kvs_plan;
 /* Understands a graph: what in it reads and writes caches. Dies when it does not. *plan is made at the first call. */
 KVS_HIDDEN bool kvs_resident_scan(struct kvs_ggml *g, struct ggml_cgraph *graph, struct kvs_plan **plan);
+/* Completes the plan of a graph whose memory has been laid out. False when the enclave has no room for its caches. */
+KVS_HIDDEN bool kvs_resident_prepare(struct kvs_ggml *g, struct kvs_plan *plan, struct ggml_cgraph *graph);
 /* Takes attention and cache writes out of the graph; puts them back, and wipes what is left. */
-KVS_HIDDEN bool kvs_resident_begin(struct kvs_ggml *g, struct kvs_plan *plan, struct ggml_cgraph *graph);
-KVS_HIDDEN void kvs_resident_end(struct kvs_ggml *g, struct kvs_plan *plan, void *sched, struct ggml_cgraph *graph);
+KVS_HIDDEN void kvs_resident_begin(struct kvs_ggml *g, struct kvs_plan *plan);
+KVS_HIDDEN void kvs_resident_end(struct kvs_ggml *g, struct kvs_plan *plan, void *sched);
 KVS_HIDDEN bool kvs_resident_wants(const struct kvs_plan *plan, const struct ggml_tensor *t);
 KVS_HIDDEN void kvs_resident_attend(struct kvs_ggml *g, struct kvs_plan *plan, const struct ggml_tensor *t);
 /* The attention node that the engine passed over, or -1. */
@@ -341,6 +344,7 @@ KVS_HIDDEN bool kvs_resident_reserve(struct kvs_ggml *g, struct ggml_cgraph *gra
 
 /* graph.c: entry points for the interposer. */
 KVS_HIDDEN int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
+KVS_HIDDEN void kvs_graph_laid_out(void *sched);
 KVS_HIDDEN bool kvs_graph_reserve(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph);
 KVS_HIDDEN void kvs_host_callback(struct kvs_ggml *g, void *sched, kvs_eval_callback cb, void *user);
 

@@ -147,6 +147,10 @@ static const struct ggml_tensor *cache_behind(const struct kvs_plan *p, struct k
         const char *name = kvs_name(g, base);
         if (kvs_is_cache(name))
             return base;
+        if (strncmp(name, "cache_", 6) == 0 && !strchr(name, ' '))
+            kvs_die("this model keeps another state than keys and values (%s), which mode resident cannot keep: it would hold the "
+                    "conversation in clear; use another model",
+                    name);
         const struct ggml_tensor *copied = cache_copied(p, g, name);
         if (copied)
             return copied;

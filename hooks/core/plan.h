@@ -74,6 +74,11 @@ struct kvs_plan {
     size_t blank_count, blank_capacity;
     struct kvs_slot slots[KVS_SLOTS];
     size_t slot_count;
+    struct kvs_leftover { /* a range of a tensor, to be wiped at the end of the graph */
+        const struct ggml_tensor *tensor;
+        size_t at, len;
+    } *leftovers;
+    size_t leftover_count, leftover_capacity;
     const struct ggml_tensor *tokens; /* ids of the graph's tokens, to be wiped; may be NULL */
     uint8_t *scratch;
     size_t scratch_size;
@@ -83,5 +88,19 @@ KVS_HIDDEN void kvs_plan_takes(struct kvs_plan *p, struct kvs_ggml *g, struct gg
 /* Wipes rows that were taken and not used. */
 KVS_HIDDEN void kvs_plan_forget(struct kvs_plan *p);
 KVS_HIDDEN uint8_t *kvs_plan_scratch(struct kvs_plan *p, size_t size);
+
+/* attend.c: the steps. */
+KVS_HIDDEN void kvs_take(struct kvs_ggml *g, const struct kvs_step *s);
+KVS_HIDDEN void kvs_attend(struct kvs_ggml *g, struct kvs_plan *p, struct kvs_step *s);
+KVS_HIDDEN void kvs_rotate(struct kvs_ggml *g, const struct kvs_step *s);
+
+/* scrub.c */
+KVS_HIDDEN void kvs_wipe(struct kvs_ggml *g, const struct ggml_tensor *t, size_t at, size_t len);
+/* Wipes rows, and nothing that lies between them. */
+KVS_HIDDEN void kvs_wipe_rows(struct kvs_ggml *g, const struct ggml_tensor *t);
+/* Marks what no later node reads, and finds what is left at the end. Before anything is taken out of the graph. */
+KVS_HIDDEN void kvs_scrub_plan(struct kvs_ggml *g, struct kvs_plan *p, struct ggml_cgraph *graph);
+/* Wipes the memory in which the graph's nodes had their results, except for what it was computed for. */
+KVS_HIDDEN void kvs_scrub_results(struct kvs_ggml *g, const struct kvs_plan *p);
 
 #endif

@@ -7,7 +7,7 @@ import (
 	"github.com/kvshield/kvshield/enclave"
 )
 
-// The bodies of mode resident, as docs/protocol.md, section 2, lays them out. Decoders take bytes that the peer may still be
+// The bodies of mode resident, as docs/protocol.md, section 6, lays them out. Decoders take bytes that the peer may still be
 // writing: they read every word once.
 
 const (

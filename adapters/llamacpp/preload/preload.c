@@ -43,6 +43,7 @@ EXPORT FILE *ggml_fopen(const char *, const char *);
 EXPORT void ggml_backend_sched_set_eval_callback(void *, kvs_eval_callback, void *);
 EXPORT int ggml_backend_sched_graph_compute_async(void *, struct ggml_cgraph *);
 EXPORT bool ggml_backend_sched_reserve(void *, struct ggml_cgraph *);
+EXPORT bool ggml_backend_sched_alloc_graph(void *, struct ggml_cgraph *);
 EXPORT void ggml_backend_buffer_clear(struct ggml_backend_buffer *, uint8_t);
 EXPORT void ggml_backend_buffer_free(struct ggml_backend_buffer *);
 EXPORT void ggml_backend_tensor_copy(struct ggml_tensor *, struct ggml_tensor *);
@@ -74,6 +75,7 @@ static void resolve(struct kvs_ggml *g, void *h)
     GET(tensor_set, "ggml_backend_tensor_set", ggml_backend_tensor_set, true);
     GET(set_eval_callback, "ggml_backend_sched_set_eval_callback", ggml_backend_sched_set_eval_callback, true);
     GET(graph_compute_async, "ggml_backend_sched_graph_compute_async", ggml_backend_sched_graph_compute_async, true);
+    GET(sched_alloc, "ggml_backend_sched_alloc_graph", ggml_backend_sched_alloc_graph, true);
     GET(sched_reserve, "ggml_backend_sched_reserve", ggml_backend_sched_reserve, true);
     GET(buffer_clear, "ggml_backend_buffer_clear", ggml_backend_buffer_clear, true);
     GET(buffer_free, "ggml_backend_buffer_free", ggml_backend_buffer_free, true);
@@ -283,6 +285,13 @@ int ggml_backend_sched_graph_compute_async(void *sched, struct ggml_cgraph *grap
         return g->graph_compute_async(sched, graph);
     kvs_session_begin(g->version());
     return kvs_graph_compute(g, sched, graph);
+}
+
+bool ggml_backend_sched_alloc_graph(void *sched, struct ggml_cgraph *graph)
+{
+    struct kvs_ggml *g = ggml_of_often(__builtin_return_address(0));
+    kvs_graph_laid_out(sched);
+    return g->sched_alloc(sched, graph);
 }
 
 bool ggml_backend_sched_reserve(void *sched, struct ggml_cgraph *graph)
