@@ -109,10 +109,12 @@ func said(lines []string) string {
 
 // What a client sees when the enclave dies or freezes in the middle of its answer: the right text up to there, then an error,
 // and soon afterwards a server that answers again.
-func TestEnclaveFailsInMidAnswer(t *testing.T) {
+func TestEnclaveFailsInMidAnswer(t *testing.T) { inEachMode(t, enclaveFailsInMidAnswer) }
+
+func enclaveFailsInMidAnswer(t *testing.T, mode string) {
 	for name, signal := range map[string]syscall.Signal{"killed": syscall.SIGKILL, "frozen": syscall.SIGSTOP} {
 		t.Run(name, func(t *testing.T) {
-			s := startShielded(t, serveOptions{model: demoModel, flags: []string{"--enclave-timeout", "1s"}, args: []string{"-c", "2048", "-np", "1"}})
+			s := startShielded(t, serveOptions{model: demoModel, mode: mode, flags: []string{"--enclave-timeout", "1s"}, args: []string{"-c", "2048", "-np", "1"}})
 			stock := startStock(t, demoModel, nil, "-c", "2048", "-np", "1")
 			whole := said(take(t, stock.stream(t), 10000))
 			enclave := s.child(t, "kvshield-enclave")
@@ -139,8 +141,10 @@ func TestEnclaveFailsInMidAnswer(t *testing.T) {
 	}
 }
 
-func TestEngineKilledIsStartedAgain(t *testing.T) {
-	s := startShielded(t, serveOptions{model: demoModel})
+func TestEngineKilledIsStartedAgain(t *testing.T) { inEachMode(t, engineKilledIsStartedAgain) }
+
+func engineKilledIsStartedAgain(t *testing.T, mode string) {
+	s := startShielded(t, serveOptions{model: demoModel, mode: mode})
 	engine := s.child(t, "llama-server")
 	stream := s.stream(t)
 	take(t, stream, 10)
@@ -186,11 +190,13 @@ func eventually(t *testing.T, left func() string) {
 	}
 }
 
-func TestNothingIsLeftBehind(t *testing.T) {
+func TestNothingIsLeftBehind(t *testing.T) { inEachMode(t, nothingIsLeftBehind) }
+
+func nothingIsLeftBehind(t *testing.T, mode string) {
 	for name, signal := range map[string]syscall.Signal{"killed": syscall.SIGKILL, "terminated": syscall.SIGTERM, "interrupted": syscall.SIGINT} {
 		t.Run(name, func(t *testing.T) {
 			before := runtimeDirs()
-			s := startShielded(t, serveOptions{model: demoModel})
+			s := startShielded(t, serveOptions{model: demoModel, mode: mode})
 			s.complete(t, prompts[0], 5, nil)
 			pids := []int{s.child(t, "kvshield-enclave"), s.child(t, "llama-server")}
 			dir := ""
@@ -220,9 +226,11 @@ func TestNothingIsLeftBehind(t *testing.T) {
 }
 
 // When the session socket is gone the engine cannot say hello, so it must not run.
-func TestSessionSocketGone(t *testing.T) {
+func TestSessionSocketGone(t *testing.T) { inEachMode(t, sessionSocketGone) }
+
+func sessionSocketGone(t *testing.T, mode string) {
 	before := runtimeDirs()
-	s := startShielded(t, serveOptions{model: demoModel})
+	s := startShielded(t, serveOptions{model: demoModel, mode: mode})
 	for dir := range runtimeDirs() {
 		if !before[dir] {
 			os.Remove(filepath.Join(dir, "session.sock"))
@@ -238,7 +246,7 @@ func TestSessionSocketGone(t *testing.T) {
 // The shielded model's frequency factors are right for the model's own rotary embedding only.
 func TestAnotherRotaryEmbeddingIsRefused(t *testing.T) {
 	for _, flags := range [][]string{{"--rope-freq-base", "20000"}, {"--rope-scaling", "yarn", "--rope-scale", "4"}} {
-		out, errs, err := run(t, nil, kvshield, append([]string{"run", "--", "llama-completion", "-m", demoModel, "-no-cnv", "--no-display-prompt",
+		out, errs, err := run(t, nil, kvshield, append([]string{"run", "--mode", "permute", "--", "llama-completion", "-m", demoModel, "-no-cnv", "--no-display-prompt",
 			"-n", "20", "-p", prompts[0]}, flags...)...)
 		if err == nil || strings.TrimSpace(out) != "" || !strings.Contains(errs, "another rotary embedding than its model's own") {
 			t.Errorf("%v: error %v, printed %q\n%s", flags, err, out, errs)

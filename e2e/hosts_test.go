@@ -47,10 +47,12 @@ func TestRunCompletion(t *testing.T) {
 	for i, prompt := range prompts[:3] {
 		args := []string{"-m", demoModel, "-t", "1", "-n", "200", "--temp", "0", "-no-cnv", "--ignore-eos", "-p", prompt}
 		want := settled(t, engine("llama-completion"), args...)
-		got := settled(t, kvshield, append([]string{"run", "--", "llama-completion"}, args...)...)
-		if got != want {
-			t.Errorf("prompt %d:\nstock:    %q\nshielded: %q", i, want, got)
-		}
+		inEachMode(t, func(t *testing.T, mode string) {
+			got := settled(t, kvshield, append([]string{"run", "--mode", mode, "--", "llama-completion"}, args...)...)
+			if got != want {
+				t.Errorf("prompt %d:\nstock:    %q\nshielded: %q", i, want, got)
+			}
+		})
 	}
 }
 
@@ -69,8 +71,10 @@ func TestSpeculativeDecoding(t *testing.T) {
 	args := []string{"--spec-type", "draft-simple", "-md", quantised(t, "F32"), "--spec-draft-n-max", "4", "-np", "1"}
 	stock := startStock(t, demoModel, nil, args...)
 	want := stock.completeAll(t, tokens, 1, nil)
-	shielded := startShielded(t, serveOptions{model: demoModel, args: args})
-	same(t, want, shielded.completeAll(t, tokens, 1, nil))
+	inEachMode(t, func(t *testing.T, mode string) {
+		shielded := startShielded(t, serveOptions{model: demoModel, mode: mode, args: args})
+		same(t, want, shielded.completeAll(t, tokens, 1, nil))
+	})
 	if !strings.Contains(stock.log.String(), "draft") {
 		t.Errorf("the stock server says nothing of a draft model:\n%s", stock.log)
 	}
@@ -94,23 +98,27 @@ func TestQuantisations(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			model := quantised(t, kind)
 			stock := startStock(t, model, nil)
-			shielded := startShielded(t, serveOptions{model: model})
 			all := map[string]any{"n_probs": vocabulary}
-			worst := 0.0
-			for _, prompt := range prompts {
-				want, got := stock.complete(t, prompt, 1, all), shielded.complete(t, prompt, 1, all)
-				worst = max(worst, distance(logits(t, want, 0), logits(t, got, 0)))
-			}
-			t.Logf("logits differ by %.1e relative at most", worst)
-			if worst > 0.02 {
-				t.Errorf("logits differ by %.1e relative", worst)
-			}
+			inEachMode(t, func(t *testing.T, mode string) {
+				shielded := startShielded(t, serveOptions{model: model, mode: mode})
+				worst := 0.0
+				for _, prompt := range prompts {
+					want, got := stock.complete(t, prompt, 1, all), shielded.complete(t, prompt, 1, all)
+					worst = max(worst, distance(logits(t, want, 0), logits(t, got, 0)))
+				}
+				t.Logf("logits differ by %.1e relative at most", worst)
+				if worst > 0.02 {
+					t.Errorf("logits differ by %.1e relative", worst)
+				}
+			})
 		})
 	}
 }
 
 // A script that starts two servers on two models at once, under one supervisor.
-func TestScriptWithTwoServers(t *testing.T) {
+func TestScriptWithTwoServers(t *testing.T) { inEachMode(t, scriptWithTwoServers) }
+
+func scriptWithTwoServers(t *testing.T, mode string) {
 	models := []string{demoModel, quantised(t, "F32")}
 	addresses := []string{freeAddress(t), freeAddress(t)}
 	var script strings.Builder
@@ -120,7 +128,7 @@ func TestScriptWithTwoServers(t *testing.T) {
 	}
 	script.WriteString("wait")
 	log := &buffer{}
-	cmd := exec.Command(kvshield, "run", "--", "sh", "-c", script.String())
+	cmd := exec.Command(kvshield, "run", "--mode", mode, "--", "sh", "-c", script.String())
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -148,13 +156,15 @@ func TestScriptWithTwoServers(t *testing.T) {
 }
 
 // Node's node-llama-cpp carries an older libllama and loads it with local scope.
-func TestNode(t *testing.T) {
+func TestNode(t *testing.T) { inEachMode(t, node) }
+
+func node(t *testing.T, mode string) {
 	script := []string{filepath.Join(root, ".engine", "node", "complete.mjs"), demoModel, prompts[0], "64"}
 	want, errs, err := run(t, nil, "node", script...)
 	if err != nil || strings.TrimSpace(want) == "" {
 		t.Fatalf("stock: %v, printed %q\n%s", err, want, errs)
 	}
-	got, errs, err := run(t, nil, kvshield, append([]string{"run", "--log-level", "debug", "--", "node"}, script...)...)
+	got, errs, err := run(t, nil, kvshield, append([]string{"run", "--mode", mode, "--log-level", "debug", "--", "node"}, script...)...)
 	if err != nil {
 		t.Fatalf("shielded: %v\n%s", err, errs)
 	}
@@ -168,7 +178,7 @@ func TestNode(t *testing.T) {
 
 func TestQuantisingUnderTheShieldIsRefused(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "out.gguf")
-	_, errs, err := run(t, nil, kvshield, "run", "--", "llama-quantize", demoModel, out, "Q8_0")
+	_, errs, err := run(t, nil, kvshield, "run", "--mode", "permute", "--", "llama-quantize", demoModel, out, "Q8_0")
 	if err == nil || !strings.Contains(errs, "quantising under the shield would write permuted weights") {
 		t.Errorf("error %v, standard error %q", err, errs)
 	}

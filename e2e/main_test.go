@@ -43,6 +43,14 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// inEachMode runs a test in every mode that shields.
+func inEachMode(t *testing.T, f func(t *testing.T, mode string)) {
+	t.Helper()
+	for _, mode := range []string{"resident", "permute"} {
+		t.Run(mode, func(t *testing.T) { f(t, mode) })
+	}
+}
+
 // vulkan is the environment in which ggml sees the software Vulkan device.
 func vulkan(t *testing.T) []string {
 	t.Helper()

@@ -83,6 +83,7 @@ func shortDir(t *testing.T) string {
 
 type serveOptions struct {
 	model string
+	mode  string // empty: the command's default
 	env   []string
 	flags []string // of kvshield serve
 	args  []string // of llama-server
@@ -93,6 +94,9 @@ func launch(t *testing.T, o serveOptions) *server {
 	t.Helper()
 	address := freeAddress(t)
 	args := append([]string{"serve", "-m", o.model, "--listen", address, "--engine", engine("llama-server")}, o.flags...)
+	if o.mode != "" {
+		args = append(args, "--mode", o.mode)
+	}
 	args = append(append(args, "--", "-t", "1"), o.args...)
 	s := &server{url: "http://" + address, client: &http.Client{}, log: &buffer{}, cmd: exec.Command(kvshield, args...), ended: make(chan error, 1)}
 	s.cmd.Env = append(os.Environ(), o.env...)
@@ -167,7 +171,11 @@ func freeAddress(t *testing.T) string {
 type completion struct {
 	Content string `json:"content"`
 	Tokens  []int  `json:"tokens"`
-	Probs   []struct {
+	Timings struct {
+		CacheN  int `json:"cache_n"`
+		PromptN int `json:"prompt_n"`
+	} `json:"timings"`
+	Probs []struct {
 		Top []struct {
 			ID      int     `json:"id"`
 			LogProb float64 `json:"logprob"`
@@ -213,6 +221,27 @@ func (s *server) post(path string, request any) ([]byte, error) {
 		err = fmt.Errorf("%s: %s: %s", path, resp.Status, strings.TrimSpace(string(answer)))
 	}
 	return answer, err
+}
+
+// firstTokens cuts a text to its first n tokens.
+func (s *server) firstTokens(t *testing.T, text string, n int) string {
+	t.Helper()
+	var list struct{ Tokens []int }
+	body, err := s.post("/tokenize", map[string]any{"content": text})
+	if err == nil {
+		err = json.Unmarshal(body, &list)
+	}
+	if err != nil || len(list.Tokens) < n {
+		t.Fatalf("%d tokens, want %d: %v", len(list.Tokens), n, err)
+	}
+	var cut struct{ Content string }
+	if body, err = s.post("/detokenize", map[string]any{"tokens": list.Tokens[:n]}); err == nil {
+		err = json.Unmarshal(body, &cut)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cut.Content
 }
 
 // completeAll asks all prompts, `parallel` at a time.

@@ -28,7 +28,7 @@ func TestUnchangedPagesAreShared(t *testing.T) {
 	want := stock.complete(t, prompts[0], 1, all)
 	for _, mode := range []string{"mmap", "none", "dio", "mlock", "mmap+mlock"} {
 		t.Run(mode, func(t *testing.T) {
-			shielded := startShielded(t, serveOptions{model: model, args: []string{"-c", "512", "--load-mode", mode}})
+			shielded := startShielded(t, serveOptions{model: model, mode: "permute", args: []string{"-c", "512", "--load-mode", mode}})
 			got := shielded.complete(t, prompts[0], 1, all)
 			d := distance(logits(t, want, 0), logits(t, got, 0))
 			t.Logf("logits differ by %.1e relative", d)

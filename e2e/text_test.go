@@ -97,10 +97,13 @@ func TestTextEqualsStock(t *testing.T) {
 			}
 			stock := startStock(t, demoModel, env, test.args...)
 			want := stock.completeAll(t, tokens, 1, nil)
-			shielded := startShielded(t, serveOptions{model: demoModel, env: env, flags: test.flags, args: test.args})
-			same(t, want, shielded.completeAll(t, tokens, 1, nil))
 			all := map[string]any{"n_probs": vocabulary}
-			sameLogits(t, stock.complete(t, prompts[0], tokens, all), shielded.complete(t, prompts[0], tokens, all))
+			probabilities := stock.complete(t, prompts[0], tokens, all)
+			inEachMode(t, func(t *testing.T, mode string) {
+				shielded := startShielded(t, serveOptions{model: demoModel, mode: mode, env: env, flags: test.flags, args: test.args})
+				same(t, want, shielded.completeAll(t, tokens, 1, nil))
+				sameLogits(t, probabilities, shielded.complete(t, prompts[0], tokens, all))
+			})
 		})
 	}
 }
@@ -111,25 +114,37 @@ func TestTextEqualsStockInParallelSlots(t *testing.T) {
 	args := []string{"-np", "4", "-c", "4096"}
 	stock := startStock(t, demoModel, nil, args...)
 	want := stock.completeAll(t, tokens, 1, nil)
-	shielded := startShielded(t, serveOptions{model: demoModel, args: args})
-	same(t, want, shielded.completeAll(t, tokens, 4, nil))
+	inEachMode(t, func(t *testing.T, mode string) {
+		shielded := startShielded(t, serveOptions{model: demoModel, mode: mode, args: args})
+		same(t, want, shielded.completeAll(t, tokens, 4, nil))
+	})
 }
 
 func TestTextEqualsStockAcrossContextShift(t *testing.T) {
 	args := []string{"-c", "128", "-np", "1", "--context-shift", "-fit", "off"}
 	stock := startStock(t, demoModel, nil, args...)
 	want := stock.completeAll(t, tokens, 1, nil)
-	shielded := startShielded(t, serveOptions{model: demoModel, args: args})
-	same(t, want, shielded.completeAll(t, tokens, 1, nil))
+	inEachMode(t, func(t *testing.T, mode string) {
+		shielded := startShielded(t, serveOptions{model: demoModel, mode: mode, args: args})
+		same(t, want, shielded.completeAll(t, tokens, 1, nil))
+	})
 }
 
-// A quantised cache rounds permuted rows in other blocks, so the texts need not be equal; how far they agree is reported.
+// A quantised cache rounds permuted rows in other blocks, and the enclave rounds otherwise than the engine, so the texts need not be equal; how far they
+// agree is reported.
 func TestQuantisedCacheAgrees(t *testing.T) {
 	args := []string{"-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"}
 	stock := startStock(t, demoModel, nil, args...)
 	want := stock.completeAll(t, tokens, 1, nil)
-	shielded := startShielded(t, serveOptions{model: demoModel, args: args})
-	got := shielded.completeAll(t, tokens, 1, nil)
+	inEachMode(t, func(t *testing.T, mode string) {
+		shielded := startShielded(t, serveOptions{model: demoModel, mode: mode, args: args})
+		agrees(t, want, shielded.completeAll(t, tokens, 1, nil))
+	})
+}
+
+// agrees reports how far rounded answers agree, and fails where that is not rounding any more.
+func agrees(t *testing.T, want, got []completion) {
+	t.Helper()
 	agree, all := 0, 0
 	for i := range want {
 		all += len(want[i].Tokens)

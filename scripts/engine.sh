@@ -20,7 +20,7 @@
 # fails leaves the engine that was there before; nothing is done when it is up to date.
 set -eu
 
-packages='llama.cpp-tools libggml0-backend-vulkan mesa-vulkan-drivers'
+packages='llama.cpp-tools llama.cpp-tools-extra libggml0-backend-vulkan mesa-vulkan-drivers'
 suite=sid
 
 here=$(cd "$(dirname "$0")" && pwd -P)

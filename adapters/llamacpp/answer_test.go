@@ -16,6 +16,7 @@ var transports = map[string]session.Transport{"shared memory": session.SharedMem
 // After a wrong answer nothing is printed: the process ends at the first transition that it cannot trust.
 func TestWrongAnswers(t *testing.T) {
 	misfit := "the enclave's answer for layer 0 does not fit the question"
+	noFrame := fmt.Sprintf("the enclave's answer is not a frame of version %d", frame.Version)
 	spoiled := func(spoil func(*frame.Header)) responder {
 		return func(h frame.Header, rows []byte) []byte { return reply(h, rows, spoil) }
 	}
@@ -38,8 +39,8 @@ func TestWrongAnswers(t *testing.T) {
 		"a request":      {spoiled(func(h *frame.Header) { h.Type = frame.Invert }), misfit},
 		"unknown type":   {spoiled(func(h *frame.Header) { h.Type = 9 }), misfit},
 		"reply + status": {spoiled(func(h *frame.Header) { h.Status = 1 }), misfit},
-		"magic":          {patched(0, 1), "the enclave's answer is not a frame of version 1"},
-		"version":        {patched(4, 2|2<<16), "the enclave's answer is not a frame of version 1"},
+		"magic":          {patched(0, 1), noFrame},
+		"version":        {patched(4, frame.Version+1|uint32(frame.Reply)<<16), noFrame},
 		"error": {spoiled(func(h *frame.Header) {
 			*h = frame.Header{Type: frame.Error, Model: h.Model, Layer: h.Layer, Sequence: h.Sequence, Status: frame.StatusRefused}
 		}), "the enclave refused layer 0 of model 7 (error 3)"},

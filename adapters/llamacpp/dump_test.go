@@ -107,7 +107,7 @@ func TestRefusedDumps(t *testing.T) {
 		"pipe":         {true, pipe, noPipe, "a dump of this engine was asked for: " + noPipe, ""},
 		"no file":      {true, nil, noPipe, "a dump of this engine was asked for: " + noPipe, ""},
 		"full":         {true, sealed, "the dump could not be written to its file", "", ""},
-		"other engine": {true, memoryFile(t), "this engine's ggml has no function ggml_backend_buffer_nam?, which a dump needs", "", "ggml_backend_buffer_name"},
+		"other engine": {true, memoryFile(t), "this engine's ggml has no function ggml_backend_buffer_nam?", "", "ggml_backend_buffer_name"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			takeAway(t, test.takenAway)

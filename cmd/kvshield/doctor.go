@@ -123,9 +123,14 @@ func modelFinding(ctx context.Context, s *supervisor.Supervisor, path string) fi
 	case m.Action == enclave.Pass:
 		return finding{"model", true, fmt.Sprintf("%s: no language model (architecture %q); engines open it as it is", path, m.Architecture), ""}
 	}
-	return finding{"model", true, fmt.Sprintf("%s: %s, %d layers, %d query heads, %d key/value heads of %d; mode permute shields it, "+
+	shape := fmt.Sprintf("%s: %s, %d layers, %d query heads, %d key/value heads of %d", path, m.Architecture, m.Layers, m.Heads, m.HeadsKV, m.HeadDim)
+	if m.Action == enclave.Reside {
+		perToken := int64(m.Layers) * int64(m.HeadsKV) * int64(m.HeadDim) * 2 * 2
+		return finding{"model", true, fmt.Sprintf("%s; mode resident keeps its cache, about %.1f KiB for each token of context, if its graph turns out to be one that it understands", shape, float64(perToken)/1024), ""}
+	}
+	return finding{"model", true, fmt.Sprintf("%s; mode permute shields it, "+
 		"rewriting %.1f MiB of %.1f MiB, which is what it takes in memory beside the file",
-		path, m.Architecture, m.Layers, m.Heads, m.HeadsKV, m.HeadDim, mib(m.ShieldBytes), mib(m.Bytes)), ""}
+		shape, mib(m.ShieldBytes), mib(m.Bytes)), ""}
 }
 
 func mib(n int64) float64 { return float64(n) / (1 << 20) }

@@ -186,6 +186,20 @@ void kvs_take(struct kvs_ggml *g, const struct kvs_step *s)
         kvs_wipe_rows(g, w->source);
 }
 
+/*
+ * Keys and values are wiped once all are taken, and so before any answer: the engine may have given the answers their memory.
+ */
+static void wipe_taken(struct kvs_ggml *g, const struct kvs_step *s, const struct attend_head *h, uint32_t tokens)
+{
+    struct kvs_write *both[2] = {s->keys, s->values};
+    if (h->put_count > 0 && h->put_first + h->put_count == tokens)
+        for (int i = 0; i < 2; i++)
+            if (both[i]->scrub && !both[i]->early)
+                kvs_wipe_rows(g, both[i]->source);
+    if (s->scrub_q && h->query_count > 0 && h->query_first + h->query_count == tokens)
+        kvs_wipe_rows(g, s->q);
+}
+
 /* One frame: some tokens' keys and values, some tokens' queries. */
 static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs_step *s, struct attend_head *h)
 {
@@ -208,15 +222,7 @@ static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs
         g->tensor_get(s->sinks, at, 0, z.sinks);
         at += z.sinks;
     }
-    bool last = h->query_count > 0 && h->query_first + h->query_count == p->slots[s->slot].tokens;
-    if (last) { /* before the answer: it may lie where the keys were */
-        if (s->keys && s->keys->scrub && !s->keys->early)
-            kvs_wipe_rows(g, s->keys->source);
-        if (s->values && s->values->scrub && !s->values->early)
-            kvs_wipe_rows(g, s->values->source);
-        if (s->scrub_q)
-            kvs_wipe_rows(g, s->q);
-    }
+    wipe_taken(g, s, h, p->slots[s->slot].tokens);
     call.payload = (uint32_t)(at - body);
     const uint8_t *answer = kvs_channel_call(&call);
     if (call.answer != h->query_count * z.out)

@@ -341,8 +341,12 @@ void ggml_backend_tensor_set(struct ggml_tensor *t, const void *data, size_t off
 /* Quantising under the shield would write a model with permuted weights to disk. */
 uint32_t llama_model_quantize(const char *in, const char *out, const void *params)
 {
-    (void)out;
-    (void)params;
+    kvs_session_begin("");
+    if (kvs_session_resident() || kvs_session_observes()) { /* models are what they are */
+        uint32_t (*real)(const char *, const char *, const void *);
+        *(void **)(void *)&real = kvs_look_up(NULL, "llama_model_quantize", (const void *)(uintptr_t)llama_model_quantize, true);
+        return real(in, out, params);
+    }
     kvs_say("%s: quantising under the shield would write permuted weights; run llama-quantize without kvshield",
             in ? in : "model");
     return 1;

@@ -46,7 +46,23 @@ func Identify(files []File) (enclave.Model, error) {
 		return out, err
 	}
 	out.Action = enclave.Reside
+	geometry(&out, files[0])
 	return out, nil
+}
+
+// geometry fills in what the metadata says of attention, where it is the same in all layers. It is for people: the engine's graph is what
+// counts.
+func geometry(out *enclave.Model, f File) {
+	m := metadata{file: f, prefix: out.Architecture + "."}
+	s := Shape{Layers: m.count("block_count", 0), Heads: m.same("attention.head_count", 0)}
+	s.HeadsKV = m.same("attention.head_count_kv", s.Heads)
+	if m.err != nil || s.Heads == 0 {
+		return
+	}
+	s.ValueDim = m.count("attention.value_length", m.count("embedding_length", 0)/s.Heads)
+	if m.err == nil {
+		out.Layers, out.Heads, out.HeadsKV, out.HeadDim = s.Layers, s.Heads, s.HeadsKV, s.ValueDim
+	}
 }
 
 // describeFiles is what every model has, whatever is done with it.

@@ -1,0 +1,145 @@
+package e2e
+
+import (
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestResidentEqualsStock(t *testing.T) {
+	for name, test := range map[string]struct {
+		flags, args []string
+		parallel    int
+	}{
+		"streams":          {nil, []string{"-np", "4", "-c", "4096", "--no-kv-unified"}, 4},
+		"unified":          {nil, []string{"-np", "4", "-c", "4096", "--kv-unified"}, 4},
+		"F32 cache":        {nil, []string{"-ctk", "f32", "-ctv", "f32"}, 1},
+		"F32 storage":      {[]string{"--enclave-storage", "f32"}, nil, 1},
+		"not scrubbed":     {[]string{"--scrub=false"}, nil, 1},
+		"small batches":    {nil, []string{"-ub", "8", "-b", "16"}, 1},
+		"streams, no fa":   {nil, []string{"-np", "4", "-c", "4096", "--no-kv-unified", "-fa", "off"}, 4},
+		"frames of 16 KiB": {[]string{"--data-plane-bytes", "16384"}, []string{"-np", "2", "--no-kv-unified"}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stock := startStock(t, demoModel, nil, test.args...)
+			want := stock.completeAll(t, tokens, 1, nil)
+			shielded := startShielded(t, serveOptions{model: demoModel, mode: "resident", flags: test.flags, args: test.args})
+			same(t, want, shielded.completeAll(t, tokens, test.parallel, nil))
+		})
+	}
+}
+
+func TestResidentQuantisedStorage(t *testing.T) {
+	want := startStock(t, demoModel, nil).completeAll(t, tokens, 1, nil)
+	shielded := startShielded(t, serveOptions{model: demoModel, mode: "resident", flags: []string{"--enclave-storage", "q8_0"}})
+	agrees(t, want, shielded.completeAll(t, tokens, 1, nil))
+}
+
+// prose is some 2,000 tokens of the demo model's.
+func prose(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(root, "docs", "threat-model.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Repeat(string(b), 10)
+}
+
+// A conversation in three turns: each begins with what came before, the last one with another continuation.
+func TestPrefixIsUsedAgain(t *testing.T) {
+	start := prompts[0] + " " + prompts[1]
+	turns := []string{start, start + " " + prompts[2], start + " " + prompts[3]}
+	args := []string{"-np", "1"}
+	more := map[string]any{"cache_prompt": true, "id_slot": 0}
+	stock := startStock(t, demoModel, nil, args...)
+	shielded := startShielded(t, serveOptions{model: demoModel, mode: "resident", args: args})
+	for i, turn := range turns {
+		want, got := stock.complete(t, turn, 40, more), shielded.complete(t, turn, 40, more)
+		if got.Content != want.Content {
+			t.Errorf("turn %d: %q, stock %q", i, got.Content, want.Content)
+		}
+		if got.Timings.CacheN != want.Timings.CacheN || i > 0 && got.Timings.CacheN == 0 {
+			t.Errorf("turn %d: %d tokens used again, stock %d", i, got.Timings.CacheN, want.Timings.CacheN)
+		}
+	}
+}
+
+// 2,000 tokens of context. The text may differ from stock's where two tokens tie within 1e-3 in stock's own probabilities; then the
+// rest of it is not compared.
+func TestLongContext(t *testing.T) {
+	args := []string{"-np", "1", "-c", "4096"}
+	stock := startStock(t, demoModel, nil, args...)
+	shielded := startShielded(t, serveOptions{model: demoModel, mode: "resident", args: args})
+	prompt := stock.firstTokens(t, prose(t), 1900)
+	two := map[string]any{"n_probs": vocabulary}
+	want, got := stock.complete(t, prompt, 100, two), shielded.complete(t, prompt, 100, two)
+	if got.Timings.PromptN < 1800 {
+		t.Errorf("the prompt has %d tokens", got.Timings.PromptN)
+	}
+	for i := range want.Tokens {
+		if i < len(got.Tokens) && want.Tokens[i] == got.Tokens[i] {
+			continue
+		}
+		first, second := math.Exp(want.Probs[i].Top[0].LogProb), math.Exp(want.Probs[i].Top[1].LogProb)
+		t.Logf("token %d differs: stock's two best have probabilities %.5f and %.5f", i, first, second)
+		if first-second > 1e-3 {
+			t.Errorf("token %d differs without a tie", i)
+		}
+		break
+	}
+	if d := distance(logits(t, want, 0), logits(t, got, 0)); d > 1e-3 {
+		t.Errorf("logits of the first token differ by %.1e relative", d)
+	}
+}
+
+func TestContextThatDoesNotFitIsRefused(t *testing.T) {
+	began := time.Now()
+	s := launch(t, serveOptions{model: demoModel, mode: "resident", flags: []string{"--enclave-memory", "1MiB", "-v"}, args: []string{"-c", "65536", "-fit", "off"}})
+	err := s.wait(t)
+	exit, ok := err.(*exec.ExitError)
+	if !ok || exit.ExitCode() != 1 {
+		t.Errorf("it ended with %v, want exit code 1", err)
+	}
+	if want := regexp.MustCompile(`the KV cache of this context needs \d+ MiB in the enclave, where 0 of 1 MiB are taken; use a smaller context`); !want.MatchString(s.log.String()) {
+		t.Errorf("nobody says what is missing:\n%s", s.log)
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("it took %v to say so", took)
+	}
+}
+
+var perplexity = regexp.MustCompile(`Final estimate: PPL = ([0-9.]+)`)
+
+// Perplexity over some thousand tokens, to four digits.
+func TestPerplexityEqualsStock(t *testing.T) {
+	program := engine("llama-perplexity")
+	text := filepath.Join(t.TempDir(), "text")
+	if err := os.WriteFile(text, []byte(prose(t)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"-m", demoModel, "-f", text, "-c", "512", "-t", "1", "--chunks", "8"}
+	measure := func(name string, args ...string) float64 {
+		out, errs, err := run(t, nil, name, args...)
+		found := perplexity.FindStringSubmatch(out + errs)
+		if err != nil || found == nil {
+			t.Fatalf("%s: %v\n%s", name, err, errs)
+		}
+		v, err := strconv.ParseFloat(found[1], 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	want := measure(program, args...)
+	got := measure(kvshield, append([]string{"run", "--mode", "resident", "--", "llama-perplexity"}, args...)...)
+	t.Logf("perplexity: stock %v, resident %v", want, got)
+	if math.Abs(got-want)/want > 1e-4 {
+		t.Errorf("perplexity %v, stock %v", got, want)
+	}
+}
