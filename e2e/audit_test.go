@@ -41,13 +41,16 @@ type bounds struct{ stock, permute, atMost float64 }
 
 func checkAudit(t *testing.T, r *audit.Report, want map[string]bounds, sources ...audit.Source) {
 	t.Helper()
-	if r.Schema != audit.Schema || len(r.Runs) != 2 || r.Runs[0].Mode != "off" || r.Runs[1].Mode != "permute" {
+	if r.Schema != audit.Schema || len(r.Runs) != 3 || r.Runs[0].Mode != "off" || r.Runs[1].Mode != "permute" || r.Runs[2].Mode != "resident" {
 		t.Fatalf("schema %q, %d runs", r.Schema, len(r.Runs))
 	}
 	for i := range r.Runs {
 		run := &r.Runs[i]
 		if len(run.Truth) != run.Tokens || run.Tokens < 300 {
 			t.Errorf("%s: %d tokens of %d have a text", run.Mode, len(run.Truth), run.Tokens)
+		}
+		if run.Mode == "resident" {
+			checkNothing(t, run)
 		}
 		for attack, b := range want {
 			for _, source := range sources {
@@ -65,8 +68,11 @@ func checkAudit(t *testing.T, r *audit.Report, want map[string]bounds, sources .
 func checkResult(t *testing.T, run *audit.Run, res *audit.Result, b bounds) {
 	t.Helper()
 	least, atMost := b.stock, 1.0
-	if run.Mode == "permute" {
+	switch run.Mode {
+	case "permute":
 		least, atMost = b.permute, b.atMost
+	case "resident":
+		least, atMost = 0, run.Chance+0.01
 	}
 	if res.Skipped != "" || res.Rate < least || res.Rate > atMost {
 		t.Errorf("%s: %s on the %s recovers %.4f, want %v to %v; %s", run.Mode, res.Attack, res.Source, res.Rate, least, atMost, res.Skipped)
@@ -75,6 +81,50 @@ func checkResult(t *testing.T, run *audit.Run, res *audit.Result, b bounds) {
 		if control == nil || *control > run.Chance+0.02 {
 			t.Errorf("%s: %s reads %v from %s, chance is %.4f", run.Mode, res.Attack, control, name, run.Chance)
 		}
+	}
+}
+
+// checkNothing: no attack on any source recovers more than chance and one in a hundred.
+func checkNothing(t *testing.T, run *audit.Run) {
+	t.Helper()
+	if len(run.Results) == 0 {
+		t.Error("no attack was run")
+	}
+	for _, res := range run.Results {
+		if res.Rate > run.Chance+0.01 {
+			t.Errorf("%s: %s on the %s recovers %.4f, chance is %.4f", run.Mode, res.Attack, res.Source, res.Rate, run.Chance)
+		}
+	}
+	for _, want := range []string{"the slot file is sealed by the enclave", "bytes of zeros"} {
+		if !slices.ContainsFunc(run.Clear, func(s string) bool { return strings.Contains(s, want) }) {
+			t.Errorf("%s: nobody says %q: %q", run.Mode, want, run.Clear)
+		}
+	}
+}
+
+// Every attack, on conversations of some 64, 512 and 2,000 tokens: broken in the stock mode, nothing in mode resident.
+func TestAuditOfResidentAtEveryLength(t *testing.T) {
+	for name, test := range map[string]struct{ characters, least, most int }{
+		"64": {80, 50, 140}, "512": {900, 400, 700}, "2000": {20_000, 1900, 2048},
+	} {
+		t.Run(name, func(t *testing.T) {
+			prompt := filepath.Join(t.TempDir(), "prompt.txt")
+			if err := os.WriteFile(prompt, []byte(prose(t)[:test.characters]), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			r, _ := auditRun(t, nil, "-m", demoModel, "--prompt", prompt, "--mode", "off,resident")
+			for i := range r.Runs {
+				run := &r.Runs[i]
+				t.Logf("%s: %d tokens, chance %.4f, %d results, %q", run.Mode, run.Tokens, run.Chance, len(run.Results), run.Clear)
+				if run.Tokens < test.least || run.Tokens > test.most {
+					t.Errorf("%s: %d tokens, want %d to %d", run.Mode, run.Tokens, test.least, test.most)
+				}
+				if share, attack := run.Worst(); run.Mode == "off" && share < 0.99 {
+					t.Errorf("the stock cache: the best attack (%s) recovers %.3f", attack, share)
+				}
+			}
+			checkNothing(t, &r.Runs[1])
+		})
 	}
 }
 
@@ -106,7 +156,7 @@ func TestAuditOfTheDemoModel(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 	checkAudit(t, r, expected, audit.SlotFile, audit.LiveCache)
-	for i, least := range []float64{0.99, 0} {
+	for i, least := range []float64{0.99, 0} { // resident is checkNothing's
 		run := &r.Runs[i]
 		for _, res := range run.Results {
 			switch {

@@ -138,7 +138,22 @@ func (d *Dump) Snapshot(layers, headsKV int) (*audit.Snapshot, error) {
 	if err := s.Check(); err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrUnsupported, err)
 	}
-	return s.First(used(s)), nil
+	if n := used(s); n > 0 {
+		return s.First(n), nil
+	}
+	return s, nil // nothing but zeros
+}
+
+// Zero says how many bytes of cache there are, and whether all of them are zero.
+func (d *Dump) Zero() (bytes int, zero bool) {
+	zero = true
+	for _, t := range d.Cache {
+		bytes += len(t.Data)
+		for _, b := range t.Data {
+			zero = zero && b == 0
+		}
+	}
+	return bytes, zero && bytes > 0
 }
 
 func (d *Dump) matrix(name string, transposed bool) (audit.Matrix, string, error) {

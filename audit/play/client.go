@@ -142,8 +142,8 @@ func (c *client) complete(ctx context.Context, prompt []int32, n int, more map[s
 	return &a, c.post(ctx, "/completion", request, &a)
 }
 
-// slot saves what is cached, reads it, and removes the file.
-func (c *client) slot(ctx context.Context, shape slotfile.Shape) (*slotfile.File, error) {
+// slot saves what is cached, reads it, and removes the file. The number of tokens is for a sealed file, which does not tell.
+func (c *client) slot(ctx context.Context, shape slotfile.Shape, tokens int) (*slotfile.File, error) {
 	const name = "slot.bin"
 	path := filepath.Join(c.dir, name)
 	defer os.Remove(path)
@@ -151,5 +151,12 @@ func (c *client) slot(ctx context.Context, shape slotfile.Shape) (*slotfile.File
 	if err := c.post(ctx, "/slots/0?action=save", map[string]any{"filename": name}, &a); err != nil {
 		return nil, err
 	}
-	return slotfile.Read(path, shape)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if slotfile.IsSealed(b) {
+		return &slotfile.File{Snapshot: slotfile.Sealed(b, shape, max(tokens, 1)), Sealed: len(b)}, nil
+	}
+	return slotfile.Parse(b, shape)
 }

@@ -107,7 +107,7 @@ func (c *client) layer0(ctx context.Context, shape slotfile.Shape, tokens []int3
 	if _, err := c.complete(ctx, tokens, 0, map[string]any{"cache_prompt": false}); err != nil {
 		return nil, err
 	}
-	f, err := c.slot(ctx, shape)
+	f, err := c.slot(ctx, shape, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -26,7 +26,7 @@ func (e *ownEngine) Extend(ctx context.Context, prefix []int32, token int32) (*a
 	if err != nil {
 		return nil, err
 	}
-	f, err := e.slot(ctx, e.shape)
+	f, err := e.slot(ctx, e.shape, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -31,13 +31,46 @@ func (p *player) inside(ctx context.Context, c *client, shield Shield, f *slotfi
 		unrotate(l.V, f.RotatedV)
 	}
 	e.snapshots = append(e.snapshots, s.First(min(s.Tokens(), len(e.truth))))
+	if bytes, zero := d.Zero(); zero {
+		e.clear = append(e.clear, fmt.Sprintf("the live cache is %d bytes of zeros: the attacks were run on zeros", bytes))
+	}
 	for _, w := range d.Weights {
 		if size := len(w.Data) / max(int(w.Dims[1]), 1); w.Name == valueWeights && size > 0 {
 			e.weights = slices.Collect(slices.Chunk(w.Data, size))
 		}
 	}
+	after, err := p.afterPrompt(ctx, c, shield, e)
+	if err != nil {
+		return err
+	}
 	defer p.Progress(fmt.Sprintf("mode %s: scanning compute buffers and the process's memory", e.mode))()
-	return p.scan(ctx, c, d, e)
+	return p.scan(ctx, c, after, e)
+}
+
+// promptTokens is how long a prompt is whose traces in the compute buffers are looked for: one batch of the engine's default.
+const promptTokens = 512
+
+// afterPrompt dumps what the graph of a prompt leaves in the engine's buffers.
+func (p *player) afterPrompt(ctx context.Context, c *client, shield Shield, e *evidence) (*live.Dump, error) {
+	prompt := e.truth[:min(promptTokens, len(e.truth))]
+	if _, err := c.complete(ctx, prompt, 1, map[string]any{"cache_prompt": false}); err != nil {
+		return nil, err
+	}
+	d, err := dump(ctx, c, shield, prompt)
+	if err != nil {
+		return nil, err
+	}
+	used, all := 0, 0
+	for _, b := range d.Buffers {
+		all += len(b.Data)
+		for _, v := range b.Data {
+			if v != 0 {
+				used++
+			}
+		}
+	}
+	e.clear = append(e.clear, fmt.Sprintf("after a prompt of %d tokens %d of %d bytes of the compute buffers are not zero", len(prompt), used, all))
+	return d, nil
 }
 
 func unrotate(m audit.Matrix, block int) {

@@ -153,7 +153,7 @@ func (p *player) look() error {
 	if dim == 0 {
 		dim = width / heads
 	}
-	p.shape, p.vocabulary = slotfile.Shape{Layers: layers, HeadsKV: headsKV}, int(embd.Rows())
+	p.shape, p.vocabulary = slotfile.Shape{Layers: layers, HeadsKV: headsKV, HeadDim: dim}, int(embd.Rows())
 	p.info = audit.Model{Name: name, Architecture: arch, Layers: layers, HeadsKV: headsKV, HeadDim: dim, Vocabulary: p.vocabulary}
 	p.context = contextMax
 	if trained := uint("context_length"); trained > 0 {

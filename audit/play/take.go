@@ -62,12 +62,12 @@ func (c *client) version(ctx context.Context) string {
 func (p *player) snap(ctx context.Context, c *client, shield Shield, e *evidence) error {
 	room := p.context - 8
 	done := p.Progress(fmt.Sprintf("mode %s: playing another conversation, for the control", e.mode))
-	_, _, err := c.say(ctx, other(), room)
+	before, _, err := c.say(ctx, other(), room)
 	done()
 	if err != nil {
 		return err
 	}
-	control, err := c.slot(ctx, p.shape)
+	control, err := c.slot(ctx, p.shape, len(before))
 	if err != nil {
 		return err
 	}
@@ -82,7 +82,7 @@ func (p *player) snap(ctx context.Context, c *client, shield Shield, e *evidence
 	if cut {
 		e.notes = append(e.notes, fmt.Sprintf("the conversation is longer than the context of %d tokens and was cut", p.context))
 	}
-	f, err := c.slot(ctx, p.shape)
+	f, err := c.slot(ctx, p.shape, len(said))
 	if err != nil {
 		return err
 	}
@@ -97,6 +97,9 @@ func (p *player) snap(ctx context.Context, c *client, shield Shield, e *evidence
 
 // inClear says which tokens the slot file carries beside the cache.
 func inClear(f *slotfile.File, truth []int32) string {
+	if f.Sealed > 0 {
+		return fmt.Sprintf("the slot file is sealed by the enclave: of its %d bytes none is a token id, a key or a value in clear; the attacks were run on the ciphertext", f.Sealed)
+	}
 	same := 0
 	for i, t := range truth {
 		if i < len(f.Tokens) && f.Tokens[i] == t {

@@ -96,12 +96,12 @@ func TestDamagedFiles(t *testing.T) {
 		{"values of very many", with(atValues+8, 1<<32-1), demo, ErrMalformed},
 		{"values of many", with(atValues+8, 1<<24), demo, ErrTruncated},
 		{"something behind", append(slices.Clone(whole), 1, 2, 3), demo, ErrUnsupported},
-		{"another model's layers", whole, Shape{4, 2}, ErrUnsupported},
-		{"heads that do not divide", whole, Shape{5, 3}, ErrMalformed},
-		{"no heads", whole, Shape{5, 0}, ErrUnsupported},
-		{"no layers", whole, Shape{0, 2}, ErrUnsupported},
-		{"no layers in the file either", with(atLayers, 0), Shape{0, 2}, ErrUnsupported},
-		{"fewer than no layers", whole, Shape{-1, 2}, ErrUnsupported},
+		{"another model's layers", whole, Shape{Layers: 4, HeadsKV: 2}, ErrUnsupported},
+		{"heads that do not divide", whole, Shape{Layers: 5, HeadsKV: 3}, ErrMalformed},
+		{"no heads", whole, Shape{Layers: 5, HeadsKV: 0}, ErrUnsupported},
+		{"no layers", whole, Shape{Layers: 0, HeadsKV: 2}, ErrUnsupported},
+		{"no layers in the file either", with(atLayers, 0), Shape{Layers: 0, HeadsKV: 2}, ErrUnsupported},
+		{"fewer than no layers", whole, Shape{Layers: -1, HeadsKV: 2}, ErrUnsupported},
 	} {
 		if _, err := Parse(c.b, c.shape); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", c.name, err, c.want)

@@ -42,7 +42,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(s.b, s.shape.Layers, s.shape.HeadsKV)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, layers, heads int) {
-		file, err := Parse(b, Shape{layers, heads})
+		file, err := Parse(b, Shape{Layers: layers, HeadsKV: heads})
 		if err != nil {
 			return
 		}

@@ -54,7 +54,10 @@ const (
 )
 
 // Shape is what a slot file does not tell.
-type Shape struct{ Layers, HeadsKV int }
+type Shape struct {
+	Layers, HeadsKV int
+	HeadDim         int // used for a sealed file only, whose rows are unknown
+}
 
 // File is what a slot file holds.
 type File struct {
@@ -63,6 +66,8 @@ type File struct {
 	Snapshot *audit.Snapshot
 	// RotatedK and RotatedV are the block sizes of the Hadamard rotation that the snapshot's keys and values were taken out of.
 	RotatedK, RotatedV int
+	// Sealed is the length of a file that an enclave sealed; its snapshot is the ciphertext. 0 for any other.
+	Sealed int
 }
 
 // Read parses the file at path. Of a file that is no slot file it reads the first bytes only.

@@ -61,7 +61,7 @@ into the file that --html names.`,
 	}
 	flags := cmd.Flags()
 	flags.StringVarP(&f.model, "model", "m", "", "path of the model, a GGUF file")
-	flags.StringSliceVar(&f.modes, "mode", []string{modeOff, modePermute}, "modes to audit: off (the stock engine), permute")
+	flags.StringSliceVar(&f.modes, "mode", []string{modeOff, modePermute, modeResident}, "modes to audit: off (the stock engine), permute, resident")
 	flags.StringSliceVar(&f.attacks, "attack", nil, "attacks to run, by their keys (default: all)")
 	flags.StringVar(&f.prompt, "prompt", "", "file with the text of a conversation of your own, - for standard input (default: a built-in one)")
 	flags.StringVar(&f.cacheType, "cache-type", "f16", "type of cached keys and values: f32, f16, bf16 or q8_0")
