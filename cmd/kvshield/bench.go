@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -18,6 +21,9 @@ type benchFlags struct {
 	model, engine                   string
 	runs, prompt, generate, threads int
 	asJSON                          bool
+	depths, prefills                []int
+	predict                         []time.Duration
+	plot                            string
 }
 
 func newBench() *cobra.Command {
@@ -34,7 +40,8 @@ Ratios are medians over the pairs, with the lowest and the highest; they mean so
 nothing else meanwhile. With --mode off both sides are stock, which shows how far equal runs lie apart.
 The structure that --json prints is described in docs/bench.md.`,
 		Example: `  kvshield bench -m model.gguf
-  kvshield bench -m model.gguf --runs 5 --json -- -fa off`,
+  kvshield bench -m model.gguf --runs 5 --json -- -fa off
+  kvshield bench -m model.gguf --depth 128,1024,4096 --prefill 512,4096 --plot curve.svg --predict 10ms,5ms`,
 		Args: exactly(func(cmd *cobra.Command, args []string) error {
 			if at := cmd.ArgsLenAtDash(); len(args) > 0 && at != 0 {
 				return fmt.Errorf("unexpected argument %q; arguments for llama-bench go behind --", args[0])
@@ -49,6 +56,11 @@ The structure that --json prints is described in docs/bench.md.`,
 			if err != nil {
 				return err
 			}
+			if f.plot != "" {
+				if err := writePlot(f.plot, report); err != nil {
+					return err
+				}
+			}
 			if f.asJSON {
 				return printJSON(cmd.OutOrStdout(), report)
 			}
@@ -62,6 +74,10 @@ The structure that --json prints is described in docs/bench.md.`,
 	cmd.Flags().IntVar(&f.prompt, "prompt", 512, "tokens of a prefill")
 	cmd.Flags().IntVar(&f.generate, "generate", 64, "tokens of a decode")
 	cmd.Flags().IntVar(&f.threads, "threads", 0, "threads of the engine (0: the engine's own choice)")
+	cmd.Flags().IntSliceVar(&f.depths, "depth", nil, "also measure decode with this many tokens in the context, such as 128,1024,4096")
+	cmd.Flags().IntSliceVar(&f.prefills, "prefill", nil, "also measure prefills of these lengths against the best stock variant, such as 512,4096")
+	cmd.Flags().StringVar(&f.plot, "plot", "", "draw speed over context length into this file (SVG); needs --depth")
+	cmd.Flags().DurationSliceVar(&f.predict, "predict", nil, "ask the curve's model about engines that take this long for a token, such as 20ms,5ms")
 	cmd.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
 	_ = cmd.MarkFlagFilename("model", "gguf")
 	return cmd
@@ -73,6 +89,10 @@ func (f *benchFlags) check() error {
 		return usagef("name a model with -m MODEL.gguf")
 	case f.runs < 1 || f.prompt < 1 || f.generate < 1:
 		return usagef("--runs, --prompt and --generate take 1 or more")
+	case slices.ContainsFunc(f.depths, func(n int) bool { return n < 0 || n > 1<<20 }), slices.ContainsFunc(f.prefills, func(n int) bool { return n < 1 || n > 1<<20 }):
+		return usagef("--depth takes numbers from 0, --prefill from 1, up to %d", 1<<20)
+	case f.plot != "" && len(f.depths) < 2:
+		return usagef("--plot draws a curve: name two context lengths or more with --depth")
 	case f.threads < 0:
 		return usagef("--threads takes 0 or more")
 	}
@@ -90,6 +110,7 @@ func measureCost(ctx context.Context, f *benchFlags, args []string) (*bench.Repo
 	}
 	c := bench.Config{Model: f.model, Bench: program, Server: server, Args: args, Runs: f.runs, Prompt: f.prompt,
 		Generate: f.generate, Threads: f.threads, Mode: f.mode, DataPlane: f.dataPlane,
+		Depths: f.depths, Prefills: f.prefills, Engines: f.predict, Device: hasDevice(args),
 		Progress: func(what string) func() { return progress("%s", what) }}
 	if f.mode != modeOff {
 		// A signal ends the engine first, then what it depends on.
@@ -101,6 +122,24 @@ func measureCost(ctx context.Context, f *benchFlags, args []string) (*bench.Repo
 		return nil, errors.New("the benchmark was interrupted before its end; nothing of it is left running, run it again for figures")
 	}
 	return report, err
+}
+
+// hasDevice says whether the engine was asked to put layers on a device.
+func hasDevice(args []string) bool {
+	return slices.ContainsFunc(args, func(a string) bool { return a == "-ngl" || a == "--n-gpu-layers" || a == "-dev" || a == "--device" })
+}
+
+// writePlot leaves either the whole plot or what was there before.
+func writePlot(path string, r *bench.Report) error {
+	file, err := os.CreateTemp(filepath.Dir(path), ".kvshield-plot-*")
+	if err != nil {
+		return fmt.Errorf("cannot write the plot: %w", err)
+	}
+	defer os.Remove(file.Name())
+	if err := errors.Join(r.PlotSVG(file), file.Chmod(0o644), file.Close()); err != nil {
+		return fmt.Errorf("cannot write the plot: %w", err)
+	}
+	return os.Rename(file.Name(), path)
 }
 
 // newShield keeps a nil supervisor from becoming a shield that is not nil.

@@ -183,7 +183,7 @@ func startShielded(t *testing.T) *shielded {
 		t.Fatal(err)
 	}
 	s := &shielded{log: &bytes.Buffer{}, url: "http://127.0.0.1:18479"}
-	s.cmd = exec.Command(built(t, "bin/kvshield"), "serve", "-m", demoModel, "--listen", "127.0.0.1:18479", "--enclave", enclaveProgram,
+	s.cmd = exec.Command(built(t, "bin/kvshield"), "serve", "--mode", "permute", "-m", demoModel, "--listen", "127.0.0.1:18479", "--enclave", enclaveProgram,
 		"--engine", built(t, ".engine/bin/llama-server"), "--log-level", "debug", "-v", "--", "-t", "1", "-v")
 	s.cmd.Env = append(os.Environ(), asEnclave+"=1")
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log

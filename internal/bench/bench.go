@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/hooks/dataplane"
@@ -33,16 +34,21 @@ var _ Shield = (*supervisor.Supervisor)(nil)
 
 // Config of a run.
 type Config struct {
-	Model     string   // path of the model
-	Bench     string   // path of llama-bench
-	Server    string   // path of llama-server
-	Args      []string // further arguments of llama-bench
-	Runs      int      // pairs per phase
-	Prompt    int      // tokens of a prefill
-	Generate  int      // tokens of a decode
-	Threads   int      // of the engine; zero: the engine's own choice
-	Mode      string   // for the report
-	DataPlane string   // for the report
+	Model    string   // path of the model
+	Bench    string   // path of llama-bench
+	Server   string   // path of llama-server
+	Args     []string // further arguments of llama-bench
+	Runs     int      // pairs per phase
+	Prompt   int      // tokens of a prefill
+	Generate int      // tokens of a decode
+	Threads  int      // of the engine; zero: the engine's own choice
+	Depths   []int    // tokens in the context before a decode, for the curve; none: no curve
+	Prefills []int    // lengths of prefills, for the curve
+	Device   bool     // the engine computes on a device: a cache on the host is another stock variant
+	// Engines are times that an engine takes for a token by itself, for which the curve's model is asked.
+	Engines   []time.Duration
+	Mode      string // for the report
+	DataPlane string // for the report
 	// NewShield starts the shield of one measurement. Nil compares the stock engine with itself, which
 	// shows how far two equal runs lie apart on this machine.
 	NewShield func() (Shield, error)
@@ -77,7 +83,13 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 			return nil, err
 		}
 	}
-	return c.report(&m), nil
+	curve, err := c.measureCurve(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r := c.report(&m)
+	r.Curve, r.Predictions = curve, c.Engines
+	return r, nil
 }
 
 // warm brings the model and the engine's own files into the page cache, so that the first pair differs in nothing

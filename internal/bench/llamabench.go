@@ -83,8 +83,8 @@ func (c *Config) measureDecode(ctx context.Context, shield Shield) (speed, error
 	return c.measureSpeed(ctx, shield, 0, c.Generate)
 }
 
-func (c *Config) measureSpeed(ctx context.Context, shield Shield, prompt, generate int) (speed, error) {
-	out, err := c.runBench(ctx, shield, nil, "-p", strconv.Itoa(prompt), "-n", strconv.Itoa(generate))
+func (c *Config) measureSpeed(ctx context.Context, shield Shield, prompt, generate int, more ...string) (speed, error) {
+	out, err := c.runBench(ctx, shield, nil, append([]string{"-p", strconv.Itoa(prompt), "-n", strconv.Itoa(generate)}, more...)...)
 	if err != nil {
 		return speed{}, err
 	}

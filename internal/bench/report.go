@@ -23,6 +23,9 @@ type Report struct {
 	Decode  Speed      `json:"decode"`
 	Load    Comparison `json:"load_seconds"`
 	Memory  Memory     `json:"memory"`
+	Curve   *Curve     `json:"curve,omitempty"` // over context length, where depths were asked for
+
+	Predictions []time.Duration `json:"-"` // for the table
 }
 
 // Model that was measured, as llama-bench describes it.

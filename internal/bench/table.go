@@ -22,6 +22,7 @@ func (r *Report) WriteTable(w io.Writer) error {
 	fmt.Fprintf(w, "\nratio: shielded / stock, median over the pairs (%d) taken in turns; higher is better for tokens/s, lower for the rest\n", r.Runs)
 	r.writeMemory(w)
 	r.writeTransitions(w)
+	r.writeCurve(w)
 	return nil
 }
 
