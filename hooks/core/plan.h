@@ -1,4 +1,4 @@
-/* What mode resident does with one graph: plan.c makes it, resident.c carries it out. */
+/* What mode resident does with one graph: scan.c makes the plan, resident.c carries it out. */
 #ifndef KVS_PLAN_H
 #define KVS_PLAN_H
 
@@ -83,6 +83,9 @@ struct kvs_plan {
     uint8_t *scratch;
     size_t scratch_size;
 };
+/* Makes room in a list for one more. */
+KVS_HIDDEN void *kvs_plan_more(void *list, size_t count, size_t *capacity, size_t size);
+KVS_HIDDEN struct kvs_step *kvs_plan_add_step(struct kvs_plan *p, enum kvs_step_kind kind, struct ggml_tensor *node, int at);
 /* Adds what must be taken early; the steps are in the order of the graph then. */
 KVS_HIDDEN void kvs_plan_takes(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_cgraph *graph);
 /* Wipes rows that were taken and not used. */

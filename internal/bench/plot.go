@@ -93,7 +93,7 @@ func (a axes) y(v float64) float64 {
 }
 
 func (a axes) line(name, class string, i int, points []Point, of func(Point) Spread) plotted {
-	p := plotted{Name: name, Class: class, LegendX: marginLeft + 190*i}
+	p := plotted{Name: name, Class: class, LegendX: marginLeft + 205*i}
 	for j, point := range points {
 		s := of(point)
 		d := dot{a.x(point.Depth), a.y(s.Median), a.y(s.Min), a.y(s.Max)}
