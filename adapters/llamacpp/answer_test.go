@@ -37,7 +37,7 @@ func TestWrongAnswers(t *testing.T) {
 		"shorter rows":   {spoiled(func(h *frame.Header) { h.RowBytes -= 4; h.Payload -= 4 * h.Rows }), misfit},
 		"too large":      {spoiled(func(h *frame.Header) { h.Payload = 1 << 31 }), misfit},
 		"a request":      {spoiled(func(h *frame.Header) { h.Type = frame.Invert }), misfit},
-		"unknown type":   {spoiled(func(h *frame.Header) { h.Type = 9 }), misfit},
+		"unknown type":   {spoiled(func(h *frame.Header) { h.Type = 15 }), misfit},
 		"reply + status": {spoiled(func(h *frame.Header) { h.Status = 1 }), misfit},
 		"magic":          {patched(0, 1), noFrame},
 		"version":        {patched(4, frame.Version+1|uint32(frame.Reply)<<16), noFrame},
