@@ -133,7 +133,7 @@ func mpt() *random {
 }
 
 // Attention of other kinds than llama's: what the graph has is what the enclave computes, whatever the model is called. Random weights carry a
-// difference in rounding further than trained ones: stock's own two ways of computing attention differ by up to 2e-3.
+// difference in rounding further than trained ones do.
 func TestResidentKnowsOtherAttention(t *testing.T) {
 	for name, build := range map[string]func() *random{"gemma2": gemma2, "mpt": mpt} {
 		path := filepath.Join(t.TempDir(), name+".gguf")

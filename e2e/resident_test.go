@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"encoding/json"
 	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -141,5 +143,34 @@ func TestPerplexityEqualsStock(t *testing.T) {
 	t.Logf("perplexity: stock %v, resident %v", want, got)
 	if math.Abs(got-want)/want > 1e-4 {
 		t.Errorf("perplexity %v, stock %v", got, want)
+	}
+}
+
+// Several answers to one prompt: the engine copies the prompt's sequence, within its cache or to another stream.
+func TestSequenceIsCopied(t *testing.T) {
+	for _, kind := range []string{"--kv-unified", "--no-kv-unified"} {
+		t.Run(kind, func(t *testing.T) {
+			args := []string{"-np", "4", "-c", "4096", kind}
+			answers := func(s *server) []string {
+				var a struct{ Choices []struct{ Text string } }
+				b, err := s.post("/v1/completions", map[string]any{"prompt": prompts[1], "max_tokens": 40, "temperature": 0, "n": 3})
+				if err == nil {
+					err = json.Unmarshal(b, &a)
+				}
+				if err != nil || len(a.Choices) != 3 {
+					t.Fatalf("%d answers: %v\n%s", len(a.Choices), err, s.log)
+				}
+				var texts []string
+				for _, c := range a.Choices {
+					texts = append(texts, c.Text)
+				}
+				return texts
+			}
+			want := answers(startStock(t, demoModel, nil, args...))
+			got := answers(startShielded(t, serveOptions{model: demoModel, mode: "resident", args: args}))
+			if !slices.Equal(got, want) {
+				t.Errorf("%q, stock %q", got, want)
+			}
+		})
 	}
 }
