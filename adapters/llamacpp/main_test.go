@@ -85,7 +85,7 @@ func buildHost() error {
 	if len(loaders) == 0 {
 		return fmt.Errorf("%s has no loader: run `make engine`", deps)
 	}
-	return build("cc", "-Wall", "-Wextra", "-Werror", "-O1", "preload/testdata/host.c", "-o", built.host, "-ldl",
+	return build("cc", "-Wall", "-Wextra", "-Werror", "-O1", "preload/testdata/host.c", "-o", built.host, "-pthread", "-ldl",
 		"-Wl,--dynamic-linker="+loaders[0], "-Wl,--disable-new-dtags,-rpath,"+filepath.Dir(libllama)+":"+deps)
 }
 

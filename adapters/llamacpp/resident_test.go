@@ -266,3 +266,14 @@ func TestPromptCacheInHostMemory(t *testing.T) {
 		t.Errorf("%+v, want %q with rows from the prompt cache", got, want.Content)
 	}
 }
+
+// Two contexts of one process compute at the same time, each with a batch and a mask of its own.
+func TestContextsSideBySide(t *testing.T) {
+	want := stock(t, "load", "speak")
+	for range 3 {
+		f := start(t, func(f *fake) { f.keeper, f.capacity = newKeeper(t), dataplane.ResidentCapacity })
+		if got := runHost(t, f.socket(), demoModel, "load", "speak"); got.stdout != want {
+			t.Errorf("two contexts said\n%swant\n%s%s", got.stdout, want, got.stderr)
+		}
+	}
+}

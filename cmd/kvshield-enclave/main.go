@@ -18,8 +18,9 @@ import (
 	"github.com/kvshield/kvshield/plugin"
 )
 
-// heapLimit makes the garbage collector work harder before the enclave outgrows its share of memory.
-const heapLimit = 48 << 20
+// heapLimits make the garbage collector work harder before the enclave outgrows its share of memory. Mode resident has attention masks on
+// the heap; keys and values are not.
+var heapLimits = map[string]int64{"permute": 48 << 20, "resident": 1 << 30}
 
 func main() {
 	backend := flag.String("tee", "auto", "TEE backend: sgx, software, or auto")
@@ -41,7 +42,9 @@ func run(backend, dir, mode string, r residentFlags) error {
 	if dir == "" {
 		return fmt.Errorf("--runtime-dir is missing")
 	}
-	debug.SetMemoryLimit(heapLimit)
+	if limit, ok := heapLimits[mode]; ok {
+		debug.SetMemoryLimit(limit)
+	}
 	t, err := tee.Select(backend, tee.Options{WritableDirs: []string{dir}})
 	if err != nil {
 		return err

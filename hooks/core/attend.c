@@ -105,6 +105,10 @@ static void read_cells(struct kvs_ggml *g, const struct kvs_slot *s, int64_t *ou
     free(narrow);
 }
 
+/* Whose batch the enclave holds in each slot: another context of this process may compute at the same time. Read and written while the
+ * data plane is taken. */
+static const struct kvs_slot *owners[KVS_SLOTS];
+
 static void send_batch(struct kvs_ggml *g, struct kvs_slot *s, uint32_t number)
 {
     struct batch_head h = {.tokens = s->tokens, .blocks = s->blocks, .visible = s->visible};
@@ -135,6 +139,7 @@ static void send_batch(struct kvs_ggml *g, struct kvs_slot *s, uint32_t number)
         kvs_channel_call(&call);
         h.offset += n;
     }
+    owners[number] = s;
     kvs_channel_end(&call);
     free(cells);
     s->sent = true;
@@ -200,12 +205,25 @@ static void wipe_taken(struct kvs_ggml *g, const struct kvs_step *s, const struc
         kvs_wipe_rows(g, s->q);
 }
 
+/* Takes the data plane with this graph's batch in its slot. */
+static uint8_t *begin_attention(struct kvs_ggml *g, struct kvs_slot *slot, uint32_t number, struct kvs_call *call)
+{
+    uint8_t *body = kvs_channel_begin(call);
+    while (!slot->sent || owners[number] != slot) {
+        kvs_channel_end(call);
+        send_batch(g, slot, number);
+        body = kvs_channel_begin(call);
+    }
+    call->type = KVS_ATTEND;
+    return body;
+}
+
 /* One frame: some tokens' keys and values, some tokens' queries. */
 static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs_step *s, struct attend_head *h)
 {
     struct sizes z = sizes_of(s);
-    struct kvs_call call = {.type = KVS_ATTEND, .id = s->cache->id, .layer = s->cache->layer};
-    uint8_t *body = kvs_channel_begin(&call), *at = body + sizeof *h;
+    struct kvs_call call = {.id = s->cache->id, .layer = s->cache->layer};
+    uint8_t *body = begin_attention(g, &p->slots[s->slot], s->slot, &call), *at = body + sizeof *h;
     h->sinks = h->query_count > 0 && s->sinks ? s->cache->heads : 0;
     memcpy(body, h, sizeof *h);
     if (h->put_count > 0) {
@@ -245,8 +263,6 @@ static uint32_t at_most(uint32_t want, size_t room, size_t each)
 void kvs_attend(struct kvs_ggml *g, struct kvs_plan *p, struct kvs_step *s)
 {
     struct kvs_slot *slot = &p->slots[s->slot];
-    if (!slot->sent)
-        send_batch(g, slot, s->slot);
     struct sizes z = sizes_of(s);
     size_t capacity = kvs_channel_capacity(), room = capacity - sizeof(struct attend_head);
     uint32_t tokens = slot->tokens, puts = s->keys ? tokens : 0;

@@ -8,6 +8,7 @@
  * the callee uses as much of it as it knows.
  */
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -126,6 +127,49 @@ static void decode(void)
         printf("decode stopped\n");
 }
 
+/* One of two contexts that compute at the same time: a greedy text, from a token of its own. */
+struct speaker {
+    void *context;
+    int32_t said[48];
+};
+
+static void *speak(void *arg)
+{
+    struct speaker *s = arg;
+    int vocabulary = CALL(int, "llama_vocab_n_tokens", const void *)(
+        CALL(const void *, "llama_model_get_vocab", const void *)(model));
+    for (size_t i = 0; i + 1 < sizeof s->said / sizeof *s->said; i++) {
+        struct batch b = CALL(struct batch, "llama_batch_get_one", int32_t *, int32_t)(&s->said[i], 1);
+        if (CALL(int, "llama_decode", void *, struct batch)(s->context, b) != 0)
+            return NULL;
+        const float *logits = CALL(float *, "llama_get_logits_ith", void *, int32_t)(s->context, -1);
+        for (int t = 1; t < vocabulary; t++)
+            if (logits[t] > logits[s->said[i + 1]])
+                s->said[i + 1] = t;
+    }
+    return NULL;
+}
+
+static void speak_in_turns(void)
+{
+    pthread_t threads[2];
+    struct speaker speakers[2] = {{.said = {40}}, {.said = {90}}};
+    for (int i = 0; i < 2; i++) {
+        struct params p = CALL(struct params, "llama_context_default_params", void)();
+        speakers[i].context = CALL(void *, "llama_init_from_model", void *, struct params)(model, p);
+    }
+    for (int i = 0; i < 2; i++)
+        pthread_create(&threads[i], NULL, speak, &speakers[i]);
+    for (int i = 0; i < 2; i++) {
+        pthread_join(threads[i], NULL);
+        printf("speaker %d:", i);
+        for (size_t j = 0; j < sizeof speakers[i].said / sizeof *speakers[i].said; j++)
+            printf(" %d", speakers[i].said[j]);
+        putchar('\n');
+        CALL(void, "llama_free", void *)(speakers[i].context);
+    }
+}
+
 static void observed(void)
 {
     printf("asked %s, seen %lu, sum %.6g\n", asked > seen ? "about more" : "about none", seen, sum);
@@ -167,6 +211,8 @@ static void act(const char *action)
         unload();
     else if (!strcmp(action, "decode"))
         decode();
+    else if (!strcmp(action, "speak"))
+        speak_in_turns();
     else if (!strcmp(action, "observed"))
         observed();
     else if (!strcmp(action, "child-decodes"))
