@@ -92,7 +92,7 @@ func quantised(t *testing.T, kind string) string {
 
 // Every quantisation is shielded without loss, because rows are permuted whole. The engine rounds the activations that meet
 // quantised weights, and a sum taken in another order can fall on the other side of such a rounding; so the first
-// token's logits are compared, to 2 %, where a wrong permutation is off by 100 %.
+// token's logits are compared, to 5 %, where stock's own two ways of computing attention differ by up to 2.5 % (Q4_0) and a wrong permutation is off by 100 %.
 func TestQuantisations(t *testing.T) {
 	for _, kind := range []string{"Q8_0", "Q5_1", "Q4_0", "Q4_K_M", "IQ4_NL", "BF16", "F32"} {
 		t.Run(kind, func(t *testing.T) {
@@ -107,7 +107,7 @@ func TestQuantisations(t *testing.T) {
 					worst = max(worst, distance(logits(t, want, 0), logits(t, got, 0)))
 				}
 				t.Logf("logits differ by %.1e relative at most", worst)
-				if worst > 0.02 {
+				if worst > 0.05 {
 					t.Errorf("logits differ by %.1e relative", worst)
 				}
 			})
