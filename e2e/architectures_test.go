@@ -132,10 +132,45 @@ func mpt() *random {
 	return r
 }
 
+// gptOSS: attention sinks, biases, sliding windows, experts.
+func gptOSS() *random {
+	const experts = 4
+	r := newRandom("gpt-oss", randomHeadsKV)
+	r.key("attention.layer_norm_rms_epsilon", float32(1e-5))
+	r.key("attention.sliding_window", uint32(32))
+	r.key("attention.key_length", uint32(32))
+	r.key("attention.value_length", uint32(32))
+	r.key("expert_count", uint32(experts))
+	r.key("expert_used_count", uint32(2))
+	r.key("expert_feed_forward_length", uint32(randomFFN))
+	linear := func(name string, columns, rows int64) {
+		r.matrix(name+".weight", columns, rows)
+		r.tensor(name+".bias", 0.1, 0, rows)
+	}
+	for i := range randomLayers {
+		p := fmt.Sprintf("blk.%d.", i)
+		linear(p+"attn_q", randomWidth, randomHeads*32)
+		linear(p+"attn_k", randomWidth, randomHeadsKV*32)
+		linear(p+"attn_v", randomWidth, randomHeadsKV*32)
+		linear(p+"attn_output", randomHeads*32, randomWidth)
+		r.tensor(p+"attn_sinks.weight", 1, 1, randomHeads)
+		r.norm(p+"attn_norm", randomWidth, false)
+		r.norm(p+"post_attention_norm", randomWidth, false)
+		linear(p+"ffn_gate_inp", randomWidth, experts)
+		for name, shape := range map[string][2]int64{"gate": {randomWidth, randomFFN}, "up": {randomWidth, randomFFN}, "down": {randomFFN, randomWidth}} {
+			r.tensor(p+"ffn_"+name+"_exps.weight", 1/math.Sqrt(float64(shape[0])), 0, shape[0], shape[1], experts)
+			r.tensor(p+"ffn_"+name+"_exps.bias", 0.1, 0, shape[1], experts)
+		}
+	}
+	r.norm("output_norm", randomWidth, false)
+	r.matrix("output.weight", randomWidth, vocabulary)
+	return r
+}
+
 // Attention of other kinds than llama's: what the graph has is what the enclave computes, whatever the model is called. Random weights carry a
 // difference in rounding further than trained ones do.
 func TestResidentKnowsOtherAttention(t *testing.T) {
-	for name, build := range map[string]func() *random{"gemma2": gemma2, "mpt": mpt} {
+	for name, build := range map[string]func() *random{"gemma2": gemma2, "mpt": mpt, "gpt-oss": gptOSS} {
 		path := filepath.Join(t.TempDir(), name+".gguf")
 		f, err := os.Create(path)
 		if err == nil {
