@@ -1,206 +1,225 @@
 package e2e
 
 import (
-	"encoding/binary"
+	"context"
+	"errors"
 	"fmt"
-	"hash/fnv"
-	"io"
-	"math"
-	"math/rand/v2"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
+	"time"
 
-	"github.com/kvshield/kvshield/internal/gguf"
+	"github.com/kvshield/kvshield/adapters/llamacpp"
+	"github.com/kvshield/kvshield/internal/tinymodel"
 )
 
-// random writes a model of random weights.
-type random struct {
-	gguf.Builder
-	arch string
+// outcome is what became of one architecture in one way of running it.
+type outcome struct {
+	exact   bool
+	refused string  // why, in kvshield's words
+	failed  string  // neither
+	worst   float64 // largest relative difference of logits
+	ties    int     // prompts whose text parted where the stock engine's two best tokens are as close as rounding
 }
 
-func (r *random) key(name string, value any) { r.Key(r.arch+"."+name, value) }
-
-func (r *random) tensor(name string, scale float64, offset float32, dims ...int64) {
-	count := int64(1)
-	for _, d := range dims {
-		count *= d
+func (o outcome) String() string {
+	switch {
+	case o.exact && o.ties > 0:
+		return fmt.Sprintf("exact, %.0e, %d near ties", o.worst, o.ties)
+	case o.exact:
+		return fmt.Sprintf("exact, %.0e", o.worst)
+	case o.refused != "":
+		return "refused: " + o.refused
 	}
-	r.Tensor(name, gguf.F32, dims, func(w io.Writer) error {
-		h := fnv.New64a()
-		h.Write([]byte(name))
-		numbers := rand.New(rand.NewPCG(1, h.Sum64()))
-		b := make([]byte, 0, 4*count)
-		for range count {
-			b = binary.LittleEndian.AppendUint32(b, math.Float32bits(offset+float32(scale*numbers.NormFloat64())))
+	return "FAILED: " + o.failed
+}
+
+var archPrompts = []string{"At last the sailors", "w300 w301 w302 w303 w300 w301", "The Constitution of the United States", ""}
+
+const archTokens = 64
+
+// answers are four prompts' greedy texts and the logits of their first tokens.
+type answers struct{ texts, firsts []completion }
+
+// tryAnswers asks a server everything. It does not fail the test: an engine may have reasons.
+func (s *server) tryAnswers(long string) (a answers, err error) {
+	for _, prompt := range archPrompts {
+		if prompt == "" {
+			prompt = long
 		}
-		_, err := w.Write(b)
-		return err
-	})
-}
-
-func (r *random) matrix(name string, columns, rows int64) {
-	r.tensor(name, 1/math.Sqrt(float64(columns)), 0, columns, rows)
-}
-func (r *random) norm(name string, n int64, bias bool) {
-	r.tensor(name+".weight", 0.1, 1, n)
-	if bias {
-		r.tensor(name+".bias", 0.1, 0, n)
-	}
-}
-
-// words gives the model a vocabulary in which every text falls to bytes.
-func (r *random) words() {
-	pieces, types := []string{"<unk>", "<s>", "</s>"}, []int32{2, 3, 3}
-	for i := range 256 {
-		pieces, types = append(pieces, fmt.Sprintf("<0x%02X>", i)), append(types, 6)
-	}
-	for len(pieces) < vocabulary {
-		pieces, types = append(pieces, fmt.Sprintf("w%d", len(pieces))), append(types, 1)
-	}
-	r.Key("tokenizer.ggml.model", "llama")
-	r.Key("tokenizer.ggml.tokens", pieces)
-	r.Key("tokenizer.ggml.scores", make([]float32, len(pieces)))
-	r.Key("tokenizer.ggml.token_type", types)
-	r.Key("tokenizer.ggml.bos_token_id", uint32(1))
-	r.Key("tokenizer.ggml.eos_token_id", uint32(2))
-}
-
-// Shape of the random models.
-const (
-	randomLayers  = 4
-	randomWidth   = 128
-	randomHeads   = 4
-	randomHeadsKV = 2
-	randomFFN     = 256
-)
-
-func newRandom(arch string, headsKV uint32) *random {
-	r := &random{arch: arch}
-	r.Key("general.architecture", arch)
-	for name, n := range map[string]uint32{"block_count": randomLayers, "context_length": 2048, "embedding_length": randomWidth,
-		"feed_forward_length": randomFFN, "attention.head_count": randomHeads, "attention.head_count_kv": headsKV} {
-		r.key(name, n)
-	}
-	r.words()
-	r.matrix("token_embd.weight", randomWidth, vocabulary)
-	return r
-}
-
-// gemma2: sliding windows in every other layer, soft-capped logits, norms behind attention.
-func gemma2() *random {
-	r := newRandom("gemma2", randomHeadsKV)
-	r.key("attention.layer_norm_rms_epsilon", float32(1e-6))
-	r.key("attention.key_length", uint32(48))
-	r.key("attention.value_length", uint32(48))
-	r.key("attention.sliding_window", uint32(32))
-	r.key("attn_logit_softcapping", float32(2))
-	r.key("final_logit_softcapping", float32(30))
-	for i := range randomLayers {
-		p := fmt.Sprintf("blk.%d.", i)
-		r.matrix(p+"attn_q.weight", randomWidth, randomHeads*48)
-		r.matrix(p+"attn_k.weight", randomWidth, randomHeadsKV*48)
-		r.matrix(p+"attn_v.weight", randomWidth, randomHeadsKV*48)
-		r.matrix(p+"attn_output.weight", randomHeads*48, randomWidth)
-		for _, name := range []string{"attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"} {
-			r.norm(p+name, randomWidth, false)
-		}
-		r.matrix(p+"ffn_gate.weight", randomWidth, randomFFN)
-		r.matrix(p+"ffn_up.weight", randomWidth, randomFFN)
-		r.matrix(p+"ffn_down.weight", randomFFN, randomWidth)
-	}
-	r.norm("output_norm", randomWidth, false)
-	return r
-}
-
-// mpt: ALiBi instead of a rotary embedding, queries, keys and values from one matrix.
-func mpt() *random {
-	r := newRandom("mpt", randomHeads)
-	r.key("attention.layer_norm_epsilon", float32(1e-5))
-	r.key("attention.max_alibi_bias", float32(8))
-	for i := range randomLayers {
-		p := fmt.Sprintf("blk.%d.", i)
-		r.matrix(p+"attn_qkv.weight", randomWidth, 3*randomWidth)
-		r.matrix(p+"attn_output.weight", randomWidth, randomWidth)
-		r.norm(p+"attn_norm", randomWidth, true)
-		r.norm(p+"ffn_norm", randomWidth, true)
-		r.matrix(p+"ffn_up.weight", randomWidth, randomFFN)
-		r.matrix(p+"ffn_down.weight", randomFFN, randomWidth)
-	}
-	r.norm("output_norm", randomWidth, true)
-	return r
-}
-
-// gptOSS: attention sinks, biases, sliding windows, experts.
-func gptOSS() *random {
-	const experts = 4
-	r := newRandom("gpt-oss", randomHeadsKV)
-	r.key("attention.layer_norm_rms_epsilon", float32(1e-5))
-	r.key("attention.sliding_window", uint32(32))
-	r.key("attention.key_length", uint32(32))
-	r.key("attention.value_length", uint32(32))
-	r.key("expert_count", uint32(experts))
-	r.key("expert_used_count", uint32(2))
-	r.key("expert_feed_forward_length", uint32(randomFFN))
-	linear := func(name string, columns, rows int64) {
-		r.matrix(name+".weight", columns, rows)
-		r.tensor(name+".bias", 0.1, 0, rows)
-	}
-	for i := range randomLayers {
-		p := fmt.Sprintf("blk.%d.", i)
-		linear(p+"attn_q", randomWidth, randomHeads*32)
-		linear(p+"attn_k", randomWidth, randomHeadsKV*32)
-		linear(p+"attn_v", randomWidth, randomHeadsKV*32)
-		linear(p+"attn_output", randomHeads*32, randomWidth)
-		r.tensor(p+"attn_sinks.weight", 1, 1, randomHeads)
-		r.norm(p+"attn_norm", randomWidth, false)
-		r.norm(p+"post_attention_norm", randomWidth, false)
-		linear(p+"ffn_gate_inp", randomWidth, experts)
-		for name, shape := range map[string][2]int64{"gate": {randomWidth, randomFFN}, "up": {randomWidth, randomFFN}, "down": {randomFFN, randomWidth}} {
-			r.tensor(p+"ffn_"+name+"_exps.weight", 1/math.Sqrt(float64(shape[0])), 0, shape[0], shape[1], experts)
-			r.tensor(p+"ffn_"+name+"_exps.bias", 0.1, 0, shape[1], experts)
-		}
-	}
-	r.norm("output_norm", randomWidth, false)
-	r.matrix("output.weight", randomWidth, vocabulary)
-	return r
-}
-
-// Attention of other kinds than llama's: what the graph has is what the enclave computes, whatever the model is called. Random weights carry a
-// difference in rounding further than trained ones do.
-func TestResidentKnowsOtherAttention(t *testing.T) {
-	for name, build := range map[string]func() *random{"gemma2": gemma2, "mpt": mpt, "gpt-oss": gptOSS} {
-		path := filepath.Join(t.TempDir(), name+".gguf")
-		f, err := os.Create(path)
-		if err == nil {
-			_, err = build().WriteTo(f)
-			f.Close()
-		}
+		text, err := s.tryComplete(prompt, archTokens, map[string]any{"n_probs": 2})
 		if err != nil {
-			t.Fatal(err)
+			return a, err
 		}
-		for _, flash := range []string{"on", "off"} {
-			t.Run(name+", flash attention "+flash, func(t *testing.T) {
-				args := []string{"-fa", flash, "-c", "1024", "-np", "1"}
-				stock := startStock(t, path, nil, args...)
-				shielded := startShielded(t, serveOptions{model: path, mode: "resident", args: args})
-				all := map[string]any{"n_probs": vocabulary}
-				worst := 0.0
-				for _, prompt := range append([]string{prose(t)[:300]}, prompts...) {
-					want, got := stock.complete(t, prompt, 4, all), shielded.complete(t, prompt, 4, all)
-					for i := range min(len(want.Probs), len(got.Probs)) {
-						worst = max(worst, distance(logits(t, want, i), logits(t, got, i)))
-						if want.Tokens[i] != got.Tokens[i] {
-							break
-						}
+		first, err := s.tryComplete(prompt, 2, map[string]any{"n_probs": vocabulary})
+		if err != nil {
+			return a, err
+		}
+		a.texts, a.firsts = append(a.texts, text), append(a.firsts, first)
+	}
+	return a, nil
+}
+
+// margin is how far the stock engine's best token is ahead of the next, in log-probability.
+func margin(c completion, i int) float64 {
+	return c.Probs[i].Top[0].LogProb - c.Probs[i].Top[1].LogProb
+}
+
+// compare says whether shielded answers are the stock engine's. bound is for logits, relative.
+func compare(t *testing.T, stock, shielded answers, bound float64) (o outcome) {
+	t.Helper()
+	for i := range stock.texts {
+		for k := range min(len(stock.firsts[i].Probs), len(shielded.firsts[i].Probs)) {
+			if k > 0 && stock.firsts[i].Tokens[k-1] != shielded.firsts[i].Tokens[k-1] {
+				break
+			}
+			o.worst = max(o.worst, distance(logits(t, stock.firsts[i], k), logits(t, shielded.firsts[i], k)))
+		}
+		for k, token := range stock.texts[i].Tokens {
+			if k >= len(shielded.texts[i].Tokens) {
+				o.failed = fmt.Sprintf("prompt %d ends after %d tokens", i, k)
+				return o
+			}
+			if shielded.texts[i].Tokens[k] == token {
+				continue
+			}
+			if m := margin(stock.texts[i], k); m > 0.05 {
+				o.failed = fmt.Sprintf("prompt %d parts at token %d, margin %.2g, logits off by %.1e", i, k, m, o.worst)
+				return o
+			}
+			o.ties++
+			break
+		}
+	}
+	if o.exact = o.worst <= bound; !o.exact {
+		o.failed = fmt.Sprintf("logits off by %.1e", o.worst)
+	}
+	return o
+}
+
+// plainServer starts the stock engine; what it cannot do by itself is an error.
+func plainServer(t *testing.T, model string, env []string, args ...string) (*server, error) {
+	t.Helper()
+	log := &buffer{}
+	s, err := llamacpp.StartServer(llamacpp.ServerConfig{Program: engine("llama-server"), Model: model, Socket: filepath.Join(shortDir(t), "s.sock"),
+		Args: append([]string{"-t", "1"}, args...), Env: append(append(os.Environ(), "GGML_NO_BACKTRACE=1"), env...), Output: log})
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(s.Stop)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := s.WaitHealthy(ctx); err != nil {
+		return nil, fmt.Errorf("%w: %s", err, lastLine(log.String()))
+	}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }, DisableKeepAlives: true}
+	return &server{url: "http://stock", client: &http.Client{Transport: transport, Timeout: patience}, log: log}, nil
+}
+
+func lastLine(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return lines[len(lines)-1]
+}
+
+var words = regexp.MustCompile(`(?m)^.*kvshield: (?:/\S+: )?(.*)$`)
+
+// reason is the first thing that kvshield said which is a refusal.
+func reason(log string) string {
+	for _, m := range words.FindAllStringSubmatch(log, -1) {
+		for _, word := range []string{"not supported", "does not know", "cannot keep", "refused", "mode resident", "mode permute", "another model"} {
+			if strings.Contains(m[1], word) {
+				return m[1]
+			}
+		}
+	}
+	return ""
+}
+
+// shielded runs a model under a mode and compares it with what the stock engine said.
+func shielded(t *testing.T, model, mode string, stock answers, long string, env []string, args ...string) outcome {
+	t.Helper()
+	s := launch(t, serveOptions{model: model, mode: mode, env: env, args: args})
+	s.client.Timeout = patience
+	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		resp, err := s.client.Get(s.url + "/health")
+		if err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				break
+			}
+		}
+		select {
+		case err := <-s.ended:
+			s.ended <- err
+			if why := reason(s.log.String()); why != "" {
+				return outcome{refused: why}
+			}
+			return outcome{failed: "ended: " + lastLine(s.log.String())}
+		default:
+		}
+		if time.Now().After(end) {
+			return outcome{failed: "not ready: " + lastLine(s.log.String())}
+		}
+	}
+	got, err := s.tryAnswers(long)
+	if err != nil {
+		return outcome{failed: err.Error() + " | " + lastLine(s.log.String())}
+	}
+	return compare(t, stock, got, 5e-3)
+}
+
+// Every architecture that the engine knows: exact, or refused with a reason, in both modes; none runs unshielded.
+func TestEveryArchitecture(t *testing.T) {
+	e, err := tinymodel.Open(t.TempDir(), filepath.Join(root, ".engine"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := e.Architectures()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if only := os.Getenv("KVSHIELD_ARCHITECTURES"); only != "" {
+		names = strings.Fields(only)
+	}
+	long := prose(t)[:400]
+	for _, name := range names {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			r, err := e.Discover(dir, tinymodel.Start(name))
+			if errors.Is(err, tinymodel.ErrNotMade) {
+				t.Skip(err)
+			}
+			model := filepath.Join(dir, "m.gguf")
+			if err == nil {
+				err = r.Write(model)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, flash := range []string{"on", "off"} {
+				args := []string{"-fa", flash, "-c", "1024", "-np", "1", "--no-warmup"}
+				stock, err := plainServer(t, model, nil, args...)
+				var want answers
+				if err == nil {
+					want, err = stock.tryAnswers(long)
+				}
+				if err != nil {
+					t.Logf("RESULT %s fa=%s stock: %v", name, flash, err)
+					continue
+				}
+				for _, mode := range []string{"resident", "permute"} {
+					o := shielded(t, model, mode, want, long, nil, args...)
+					t.Logf("RESULT %s fa=%s %s: %v", name, flash, mode, o)
+					if o.failed != "" {
+						t.Errorf("%s, flash attention %s: %v", mode, flash, o)
 					}
 				}
-				t.Logf("logits differ by %.1e relative at most", worst)
-				if worst > 5e-3 { // a window, bias or cap that is missed is off by a tenth and more
-					t.Errorf("logits differ by %.1e relative", worst)
-				}
-			})
-		}
+			}
+		})
 	}
 }
