@@ -228,8 +228,13 @@ static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs
     memcpy(body, h, sizeof *h);
     if (h->put_count > 0) {
         get_written(g, s->keys, h->k_floats, h->put_first, h->put_count, at);
+        const uint8_t *keys = at;
         at += h->put_count * z.k;
-        get_written(g, s->values, h->v_floats, h->put_first, h->put_count, at);
+        if (s->values != s->keys)
+            get_written(g, s->values, h->v_floats, h->put_first, h->put_count, at);
+        else
+            for (uint32_t i = 0; i < h->put_count; i++)
+                memcpy(at + i * z.v, keys + i * z.k, z.v);
         at += h->put_count * z.v;
     }
     if (h->query_count > 0) {

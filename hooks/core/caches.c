@@ -150,7 +150,7 @@ bool kvs_tensor_copied(struct kvs_ggml *g, const struct ggml_tensor *from, const
     const struct kvs_cache *c = NULL;
     bool values = false;
     for (size_t i = 0; (c = kvs_cache_at(i)); i++) {
-        values = c->v == target;
+        values = c->v == target && c->k != target;
         if (c->k == target || values)
             break;
     }

@@ -105,7 +105,7 @@ void kvs_plan_takes(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_cgraph *
         struct kvs_write *both[2] = {p->steps[i].keys, p->steps[i].values};
         for (int j = 0; j < 2; j++) {
             struct kvs_cache *cache = p->steps[i].cache;
-            if (!both[j] || !is_short_lived(g, graph, both[j], p->steps[i].at))
+            if (!both[j] || (j == 1 && both[1] == both[0]) || !is_short_lived(g, graph, both[j], p->steps[i].at))
                 continue;
             both[j]->early = true;
             struct kvs_step *s = kvs_plan_add_step(p, KVS_STEP_TAKE, both[j]->node, both[j]->at);

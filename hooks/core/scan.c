@@ -124,7 +124,7 @@ static void shape(struct kvs_ggml *g, struct kvs_step *s, const struct ggml_tens
 
 static void find_writes(struct kvs_plan *p, struct kvs_ggml *g, struct kvs_step *s, const struct ggml_tensor *v)
 {
-    struct kvs_write *keys = write_of(p, s->k), *values = write_of(p, v);
+    struct kvs_write *keys = write_of(p, s->k), *values = v == s->k ? keys : write_of(p, v);
     if (!keys || !values)
         not_known(g, s->node, "reads a cache that this graph does not write");
     s->cells_of = keys;
@@ -135,11 +135,24 @@ static void find_writes(struct kvs_plan *p, struct kvs_ggml *g, struct kvs_step 
     s->values = values;
 }
 
+/*
+ * Latent attention (MLA, DeepSeek-V2, arXiv 2405.04434, section 2.1) keeps one row for keys and values: values are where its first
+ * floats are. Anything else than values of their own, or that, is not known.
+ */
+static bool holds_values(struct kvs_ggml *g, const struct ggml_tensor *cache, const struct ggml_tensor *k, const struct ggml_tensor *view)
+{
+    if (!cache || is_values(g, cache))
+        return cache != NULL;
+    for (int depth = 0; depth < 16 && kvs_op(g, view) == KVS_OP_COPY; depth++)
+        view = kvs_src(g, view, 0);
+    return cache == k && kvs_ne(g, view)[2] == 1 && g->get_data(view) == g->get_data(k);
+}
+
 static void flash(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_tensor *node, const struct ggml_tensor *k, int at)
 {
     const struct ggml_tensor *v = cache_behind(p, g, kvs_src(g, node, 2));
-    if (!v || is_values(g, k) || !is_values(g, v))
-        not_known(g, node, "keeps keys and values together");
+    if (is_values(g, k) || !holds_values(g, v, k, kvs_src(g, node, 2)))
+        not_known(g, node, "reads values from somewhere else than a cache");
     struct kvs_step *s = kvs_plan_add_step(p, KVS_STEP_ATTEND, node, at);
     s->flash = true;
     s->k = k;
@@ -189,7 +202,7 @@ static void plain(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_cgraph *gr
             blank(p, g, tip = node);
         } else if (op == KVS_OP_MUL_MAT && softened) {
             const struct ggml_tensor *view = kvs_src(g, node, 0), *v = cache_behind(p, g, view);
-            if (!v || !is_values(g, v))
+            if (!holds_values(g, v, k, view))
                 not_known(g, node, "multiplies attention weights with something else than cached values");
             s->node = node;
             s->at = i;

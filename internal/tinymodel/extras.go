@@ -186,28 +186,48 @@ type extra struct {
 
 var qkvBias = map[string][]int64{"attn_q.bias": {width}, "attn_k.bias": {headsKV * 32}, "attn_v.bias": {headsKV * 32}}
 
+func kv(pairs ...any) extra {
+	x := extra{keys: map[string]any{}}
+	for i := 0; i < len(pairs); i += 2 {
+		x.keys[pairs[i].(string)] = pairs[i+1]
+	}
+	return x
+}
+
+const (
+	headCountKV = "attention.head_count_kv"
+	rotated     = "rope.dimension_count"
+)
+
 // extras is where optional parts of an architecture are listed.
 var extras = map[string]extra{
-	"llama":    {global: map[string][]int64{"rope_freqs.weight": {16}}},
-	"qwen2":    {perLayer: qkvBias},
-	"qwen2moe": {perLayer: qkvBias},
-	"qwen2vl":  {perLayer: qkvBias},
-	"gemma2": {keys: map[string]any{"attn_logit_softcapping": float32(2), "final_logit_softcapping": float32(30),
-		"attention.key_length": uint32(48), "attention.value_length": uint32(48)}},
-	"gemma":   {keys: map[string]any{"attention.key_length": uint32(256), "attention.value_length": uint32(256), "attention.head_count_kv": uint32(1)}},
-	"gemma3":  {keys: map[string]any{"block_count": uint32(7), "attention.sliding_window": uint32(window), "rope.freq_base": float32(1e6)}},
-	"gemma3n": {keys: map[string]any{"block_count": uint32(22), "attention.shared_kv_layers": uint32(2)}},
-	"gpt-oss": {perLayer: map[string][]int64{}},
-	"gptneox": {keys: map[string]any{"attention.head_count_kv": uint32(heads), "rope.dimension_count": uint32(8)}},
-	"gpt2":    {keys: map[string]any{"attention.head_count_kv": uint32(heads)}},
-	"phi2":    {keys: map[string]any{"attention.head_count_kv": uint32(heads), "rope.dimension_count": uint32(16)}},
-	"phi3": {keys: map[string]any{"attention.head_count_kv": uint32(heads)},
-		global: map[string][]int64{"rope_factors_long.weight": {16}, "rope_factors_short.weight": {16}}},
-	"mpt":       {keys: map[string]any{"attention.head_count_kv": uint32(heads), "attention.max_alibi_bias": float32(8)}},
-	"bloom":     {keys: map[string]any{"attention.head_count_kv": uint32(heads)}},
-	"starcoder": {keys: map[string]any{"attention.head_count_kv": uint32(1)}},
-	"falcon":    {keys: map[string]any{"attention.head_count_kv": uint32(1)}},
-	"stablelm":  {keys: map[string]any{"rope.dimension_count": uint32(8)}},
+	"llama":        {global: map[string][]int64{"rope_freqs.weight": {16}}},
+	"qwen2":        {perLayer: qkvBias},
+	"qwen2moe":     {perLayer: qkvBias},
+	"qwen2vl":      {perLayer: qkvBias},
+	"gemma":        kv("attention.key_length", uint32(256), "attention.value_length", uint32(256), headCountKV, uint32(1)),
+	"gemma2":       kv("attn_logit_softcapping", float32(2), "final_logit_softcapping", float32(30), "attention.key_length", uint32(48), "attention.value_length", uint32(48)),
+	"gemma3":       kv("block_count", uint32(7), "attention.sliding_window", uint32(window), "rope.freq_base", float32(1e6)),
+	"gemma3n":      kv("block_count", uint32(22), "attention.shared_kv_layers", uint32(2)),
+	"gptneox":      kv(headCountKV, uint32(heads), rotated, uint32(8)),
+	"gpt2":         kv(headCountKV, uint32(heads)),
+	"phi2":         kv(headCountKV, uint32(heads), rotated, uint32(16)),
+	"mpt":          kv(headCountKV, uint32(heads), "attention.max_alibi_bias", float32(8)),
+	"bloom":        kv(headCountKV, uint32(heads)),
+	"starcoder":    kv(headCountKV, uint32(1)),
+	"falcon":       kv(headCountKV, uint32(1)),
+	"stablelm":     kv(rotated, uint32(8)),
+	"olmoe":        kv(headCountKV, uint32(heads)),
+	"dots1":        kv(headCountKV, uint32(heads)),
+	"t5":           kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
+	"t5encoder":    kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
+	"minimax-m2":   kv("expert_gating_func", uint32(2)),
+	"smallthinker": kv("expert_gating_func", uint32(2)),
+	"paddleocr":    kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
+	"hunyuan_vl":   kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
+	"rwkv6qwen2":   kv("token_shift_count", uint32(1)),
+	"arwkv7":       kv("token_shift_count", uint32(1)),
+	"phi3":         kv("rope.scaling.attn_factor", float32(1), rotated, uint32(32), "attention.sliding_window", uint32(0)),
 }
 
 // latent is attention with keys and values compressed into one row (MLA).
@@ -217,8 +237,12 @@ var latent = map[string]any{"attention.key_length": uint32(64 + 16), "attention.
 	"leading_dense_block_count": uint32(1)}
 
 func init() {
-	for _, name := range []string{"deepseek2", "deepseek32", "glm-dsa", "mistral4"} {
+	for _, name := range []string{"deepseek2", "deepseek32", "glm-dsa", "mistral4", "deepseek2-ocr"} {
 		extras[name] = extra{keys: latent}
+	}
+	// Layers without heads for keys and values are the recurrent ones.
+	for _, name := range []string{"granitehybrid", "nemotron_h", "nemotron_h_moe", "lfm2", "lfm2moe", "minimax-01"} {
+		extras[name] = kv(headCountKV, []uint32{0, headsKV, 0, headsKV})
 	}
 }
 

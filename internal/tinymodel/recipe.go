@@ -18,6 +18,9 @@ import (
 // Vocabulary is the number of tokens of every tiny model. All text falls to bytes.
 const Vocabulary = 1024
 
+// FirstWord is the first token that is not a single byte or a mark.
+const FirstWord = 3 + 256
+
 // Tensor is a tensor of a recipe. Dims are in GGUF's order: the length of a row first.
 type Tensor struct {
 	Name string

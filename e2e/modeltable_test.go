@@ -1,0 +1,142 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// modelTable is what docs/models.md says of every architecture. KVSHIELD_WRITE_MODELS=1 (make models) writes it there.
+type modelTable struct {
+	mu    sync.Mutex
+	names []string
+	ways  map[string]map[string][]outcome // architecture, mode
+	own   map[string]string               // what the stock engine says where it does not run the tiny model
+}
+
+func newModelTable(names []string) *modelTable {
+	return &modelTable{names: names, ways: map[string]map[string][]outcome{}, own: map[string]string{}}
+}
+
+func (m *modelTable) add(name, mode, _ string, o outcome) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ways[name] == nil {
+		m.ways[name] = map[string][]outcome{}
+	}
+	m.ways[name][mode] = append(m.ways[name][mode], o)
+}
+
+func (m *modelTable) stock(name string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.own[name] = err.Error()
+}
+
+// verdict is one for all ways: exact when each is, else the refusal.
+func verdict(list []outcome) string {
+	worst, refused := 0.0, ""
+	for _, o := range list {
+		switch {
+		case o.failed != "":
+			return "**failed**: " + o.failed
+		case o.refused != "":
+			refused = o.refused
+		}
+		worst = max(worst, o.worst)
+	}
+	switch exact := len(list) > 0 && list[0].exact; {
+	case refused != "" && exact:
+		return "exact without flash attention; with it refused: " + shorten(refused)
+	case refused != "":
+		return "refused: " + shorten(refused)
+	case exact:
+		return fmt.Sprintf("exact (%.0e; %.0e with an F16 cache)", list[0].worst, worst)
+	}
+	return "not run"
+}
+
+func shorten(s string) string {
+	s, _, _ = strings.Cut(s, "; use ")
+	s, _, _ = strings.Cut(s, "; run it with")
+	return strings.ReplaceAll(s, "|", "/")
+}
+
+func (m *modelTable) counts(mode string) (exact, refused int) {
+	for _, by := range m.ways {
+		switch v := verdict(by[mode]); {
+		case strings.HasPrefix(v, "exact"):
+			exact++
+		case strings.HasPrefix(v, "refused"):
+			refused++
+		}
+	}
+	return exact, refused
+}
+
+func (m *modelTable) String() string {
+	var b strings.Builder
+	b.WriteString("| architecture | mode `resident` | mode `permute` |\n|---|---|---|\n")
+	var without []string
+	for _, name := range m.names {
+		if by := m.ways[name]; by != nil {
+			fmt.Fprintf(&b, "| `%s` | %s | %s |\n", name, verdict(by["resident"]), verdict(by["permute"]))
+		} else {
+			without = append(without, name)
+		}
+	}
+	for _, mode := range []string{"resident", "permute"} {
+		exact, refused := m.counts(mode)
+		fmt.Fprintf(&b, "\nMode `%s`: %d exact, %d refused, of %d architectures that the engine knows.\n", mode, exact, refused, len(m.names))
+	}
+	if len(without) > 0 {
+		b.WriteString("\nNot run, because no tiny model could be made or the stock engine does not generate text with it:\n\n")
+	}
+	for _, name := range without {
+		fmt.Fprintf(&b, "- `%s`: %s\n", name, plainly(m.own[name]))
+	}
+	return b.String()
+}
+
+// plainly takes paths and times out of what the engine said.
+func plainly(s string) string {
+	s = strings.TrimPrefix(s, "no tiny model of ")
+	if i := strings.Index(s, ": 0.0"); i >= 0 {
+		s = s[:i]
+	}
+	if _, message, ok := strings.Cut(s, `"message":"`); ok {
+		s, _, _ = strings.Cut(message, `"`)
+	}
+	return strings.ReplaceAll(s, "./src/", "")
+}
+
+const (
+	tableBegin = "<!-- written by `make models` -->\n"
+	tableEnd   = "<!-- end -->\n"
+)
+
+func (m *modelTable) finish(t *testing.T) {
+	for _, mode := range []string{"resident", "permute"} {
+		exact, refused := m.counts(mode)
+		t.Logf("mode %s: %d exact, %d refused, of %d", mode, exact, refused, len(m.names))
+	}
+	if os.Getenv("KVSHIELD_WRITE_MODELS") == "" || t.Failed() {
+		return
+	}
+	path := filepath.Join(root, "docs", "models.md")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, rest, ok := strings.Cut(string(text), tableBegin)
+	_, tail, ok2 := strings.Cut(rest, tableEnd)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no marks for the table", path)
+	}
+	if err := os.WriteFile(path, []byte(head+tableBegin+m.String()+tableEnd+tail), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
