@@ -62,6 +62,8 @@ type Model struct {
 	RowFloats    int     // floats in one row of a layer's attention output: Heads * HeadDim
 	RotaryDim    int     // rows of a key head that are rotated; 0 without a rotary embedding
 	RotaryBase   float32 // base of the rotary frequencies that the shielded model was made for
+	Context      int     // positions that the model was made for; 0 when it does not say
+	CacheFloats  int64   // keys and values of one token, in all layers together; 0 when it is not known
 	Bytes        int64   // size of the model's files together
 	ShieldBytes  int64   // bytes that the enclave rewrites: attention tensors
 }

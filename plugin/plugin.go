@@ -91,7 +91,7 @@ func modelToWire(m enclave.Model) *pb.Model {
 		Action: pb.Model_Action(m.Action), Architecture: m.Architecture, Name: m.Name, Files: uint32(m.Files),
 		Layers: uint32(m.Layers), Heads: uint32(m.Heads), HeadsKv: uint32(m.HeadsKV), HeadDim: uint32(m.HeadDim),
 		RowFloats: uint32(m.RowFloats), Bytes: uint64(m.Bytes), ShieldBytes: uint64(m.ShieldBytes),
-		RotaryDim: uint32(m.RotaryDim), RotaryBase: m.RotaryBase,
+		RotaryDim: uint32(m.RotaryDim), RotaryBase: m.RotaryBase, Context: uint32(m.Context), CacheFloats: uint64(m.CacheFloats),
 	}
 }
 
@@ -100,6 +100,6 @@ func modelFromWire(m *pb.Model) enclave.Model {
 		Action: enclave.Action(m.GetAction()), Architecture: m.GetArchitecture(), Name: m.GetName(), Files: int(m.GetFiles()),
 		Layers: int(m.GetLayers()), Heads: int(m.GetHeads()), HeadsKV: int(m.GetHeadsKv()), HeadDim: int(m.GetHeadDim()),
 		RowFloats: int(m.GetRowFloats()), Bytes: int64(m.GetBytes()), ShieldBytes: int64(m.GetShieldBytes()),
-		RotaryDim: int(m.GetRotaryDim()), RotaryBase: m.GetRotaryBase(),
+		RotaryDim: int(m.GetRotaryDim()), RotaryBase: m.GetRotaryBase(), Context: int(m.GetContext()), CacheFloats: int64(m.GetCacheFloats()),
 	}
 }

@@ -13,7 +13,6 @@ import (
 
 	"github.com/kvshield/kvshield/adapters/llamacpp"
 	"github.com/kvshield/kvshield/adapters/supervisor"
-	"github.com/kvshield/kvshield/enclave"
 )
 
 // finding is one thing that doctor looked at.
@@ -25,15 +24,17 @@ type finding struct {
 }
 
 func newDoctor() *cobra.Command {
-	var o options
+	var o doctorOptions
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "doctor [MODEL.gguf]",
 		Short: "say what is installed, what would work with it, and what to do about the rest",
-		Long: `Looks at kvshield's own parts, the enclave, and the engines on this machine; with a model, whether it can
-be shielded and what that takes. The exit code is 1 when something that is needed is missing.`,
+		Long: `Looks at kvshield's own parts, the enclave, and the engines on this machine; with a model, what it is, which
+modes can shield it and why not, and the memory that each takes at a given context. The exit code is 1 when something
+that is needed is missing, or when no mode (or not the one given with --mode) can shield the model.`,
 		Args: exactly(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			o.onlyMode = cmd.Flags().Changed("mode")
 			findings, err := examine(cmd.Context(), &o, args)
 			if err != nil {
 				return err
@@ -43,20 +44,19 @@ be shielded and what that takes. The exit code is 1 when something that is neede
 			} else {
 				printFindings(cmd.OutOrStdout(), findings)
 			}
-			for _, f := range findings {
-				if !f.OK && err == nil {
-					err = exitCode(exitError)
-				}
+			if err == nil && needed(findings) {
+				return exitCode(exitError)
 			}
 			return err
 		},
 	}
 	o.register(cmd)
+	cmd.Flags().IntVar(&o.context, "context", 0, "the context to say the memory for, in tokens (0: what the model was made for)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }
 
-func examine(ctx context.Context, o *options, args []string) ([]finding, error) {
+func examine(ctx context.Context, o *doctorOptions, args []string) ([]finding, error) {
 	cfg, err := o.config()
 	if err != nil {
 		return nil, err
@@ -74,10 +74,11 @@ func examine(ctx context.Context, o *options, args []string) ([]finding, error) 
 	}
 	defer s.Close()
 	findings = append(findings, enclaveFinding(ctx, s))
-	if len(args) > 0 {
-		findings = append(findings, modelFinding(ctx, s, args[0]))
+	if len(args) == 0 {
+		return findings, nil
 	}
-	return findings, nil
+	model, err := o.modelFindings(ctx, args[0])
+	return append(findings, model...), err
 }
 
 func fileFinding(what, path string) finding {
@@ -113,24 +114,6 @@ func enclaveFinding(ctx context.Context, s *supervisor.Supervisor) finding {
 		f.Advice = "this machine does not give: " + strings.Join(report.Missing, "; ")
 	}
 	return f
-}
-
-func modelFinding(ctx context.Context, s *supervisor.Supervisor, path string) finding {
-	m, err := s.Inspect(ctx, path)
-	switch {
-	case err != nil:
-		return finding{"model", false, fmt.Sprintf("%s: %v", path, err), ""}
-	case m.Action == enclave.Pass:
-		return finding{"model", true, fmt.Sprintf("%s: no language model (architecture %q); engines open it as it is", path, m.Architecture), ""}
-	}
-	shape := fmt.Sprintf("%s: %s, %d layers, %d query heads, %d key/value heads of %d", path, m.Architecture, m.Layers, m.Heads, m.HeadsKV, m.HeadDim)
-	if m.Action == enclave.Reside {
-		perToken := int64(m.Layers) * int64(m.HeadsKV) * int64(m.HeadDim) * 2 * 2
-		return finding{"model", true, fmt.Sprintf("%s; mode resident keeps its cache, about %.1f KiB for each token of context, if its graph turns out to be one that it understands", shape, float64(perToken)/1024), ""}
-	}
-	return finding{"model", true, fmt.Sprintf("%s; mode permute shields it, "+
-		"rewriting %.1f MiB of %.1f MiB, which is what it takes in memory beside the file",
-		shape, mib(m.ShieldBytes), mib(m.Bytes)), ""}
 }
 
 func mib(n int64) float64 { return float64(n) / (1 << 20) }

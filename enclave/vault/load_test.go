@@ -63,7 +63,7 @@ func checkResult(t *testing.T, s sample, res enclave.LoadResult, from, to []stri
 	}
 	want := enclave.Model{Action: enclave.Shield, Architecture: "llama", Files: s.files, Layers: s.layers, Heads: s.heads,
 		HeadsKV: s.kv, HeadDim: s.values, RowFloats: s.heads * s.values, Bytes: total, ShieldBytes: changed,
-		RotaryDim: s.rot, RotaryBase: s.base}
+		RotaryDim: s.rot, RotaryBase: s.base, CacheFloats: int64(s.layers * s.kv * (s.dim + s.values))}
 	if res.Model != want || res.ID == 0 {
 		t.Errorf("number %d, model %+v, want %+v", res.ID, res.Model, want)
 	}

@@ -206,6 +206,10 @@ static void scan(struct sched_state *s, struct ggml_cgraph *graph)
                     s->g->version());
         return;
     }
+    if (!f.model && !f.cache) {
+        s->count = 0; /* an embedding model: nothing of it is kept */
+        return;
+    }
     if (!f.model)
         kvs_die(f.marker_copied ? "the model's frequency factors lie on another device than its attention; "
                                   "put all layers on one device (-ngl 0 or -ngl 999)"

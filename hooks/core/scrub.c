@@ -141,8 +141,12 @@ static void plan_results(struct kvs_ggml *g, struct kvs_plan *p, struct ggml_cgr
         done = r.to;
     }
     free(list);
+    struct range tokens[1];
+    size_t found = 0;
     if (p->tokens)
-        leave(p, p->tokens, 0, g->nbytes(p->tokens));
+        add_range(g, tokens, &found, p->tokens);
+    if (found) /* the engine may have given their memory to a result */
+        leave_range(g, p, tokens, outputs, count);
 }
 
 /* What no later node reads can be wiped as soon as it has been taken. */

@@ -63,7 +63,7 @@ var defaults = map[string]any{
 	"feed_forward_length":                    uint32(inner),
 	"vocab_size":                             uint32(Vocabulary),
 	"expert_count":                           uint32(4),
-	"expert_used_count":                      uint32(2),
+	"expert_used_count":                      uint32(4),
 	"expert_group_count":                     uint32(2),
 	"expert_group_used_count":                uint32(1),
 	"expert_feed_forward_length":             uint32(64),
@@ -233,7 +233,7 @@ var extras = map[string]extra{
 // latent is attention with keys and values compressed into one row (MLA).
 var latent = map[string]any{"attention.key_length": uint32(64 + 16), "attention.value_length": uint32(64), "attention.key_length_mla": uint32(48),
 	"attention.value_length_mla": uint32(32), "attention.kv_lora_rank": uint32(64), "attention.q_lora_rank": uint32(48),
-	"rope.dimension_count": uint32(16), "attention.head_count_kv": uint32(1), "expert_count": uint32(4), "expert_used_count": uint32(2),
+	"rope.dimension_count": uint32(16), "attention.head_count_kv": uint32(1), "expert_count": uint32(4), "expert_used_count": uint32(4),
 	"leading_dense_block_count": uint32(1)}
 
 func init() {

@@ -107,6 +107,8 @@ func scale(t Tensor) (mean, deviation float64) {
 		return 1.5, 0.2
 	case strings.HasSuffix(t.Name, ".bias"):
 		return 0, 0.1
+	case strings.HasSuffix(base, "attn_q_norm."), strings.HasSuffix(base, "attn_k_norm."):
+		return 0.5, 0.1 // scores of normalised heads are large where they are not scaled
 	case len(t.Dims) == 1 && strings.HasSuffix(base, "norm."):
 		return 1, 0.1
 	case len(t.Dims) == 1:

@@ -263,6 +263,8 @@ type Model struct {
 	ShieldBytes   uint64                 `protobuf:"varint,11,opt,name=shield_bytes,json=shieldBytes,proto3" json:"shield_bytes,omitempty"`
 	RotaryDim     uint32                 `protobuf:"varint,12,opt,name=rotary_dim,json=rotaryDim,proto3" json:"rotary_dim,omitempty"`
 	RotaryBase    float32                `protobuf:"fixed32,13,opt,name=rotary_base,json=rotaryBase,proto3" json:"rotary_base,omitempty"`
+	Context       uint32                 `protobuf:"varint,14,opt,name=context,proto3" json:"context,omitempty"`
+	CacheFloats   uint64                 `protobuf:"varint,15,opt,name=cache_floats,json=cacheFloats,proto3" json:"cache_floats,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -384,6 +386,20 @@ func (x *Model) GetRotaryDim() uint32 {
 func (x *Model) GetRotaryBase() float32 {
 	if x != nil {
 		return x.RotaryBase
+	}
+	return 0
+}
+
+func (x *Model) GetContext() uint32 {
+	if x != nil {
+		return x.Context
+	}
+	return 0
+}
+
+func (x *Model) GetCacheFloats() uint64 {
+	if x != nil {
+		return x.CacheFloats
 	}
 	return 0
 }
@@ -1085,7 +1101,7 @@ const file_enclave_proto_rawDesc = "" +
 	"\thardening\x18\x05 \x03(\tR\thardening\x12\x18\n" +
 	"\amissing\x18\x06 \x03(\tR\amissing\"*\n" +
 	"\x0eInspectRequest\x12\x18\n" +
-	"\asources\x18\x01 \x03(\tR\asources\"\xbd\x03\n" +
+	"\asources\x18\x01 \x03(\tR\asources\"\xfa\x03\n" +
 	"\x05Model\x121\n" +
 	"\x06action\x18\x01 \x01(\x0e2\x19.kvshield.v1.Model.ActionR\x06action\x12\"\n" +
 	"\farchitecture\x18\x02 \x01(\tR\farchitecture\x12\x12\n" +
@@ -1103,7 +1119,9 @@ const file_enclave_proto_rawDesc = "" +
 	"\n" +
 	"rotary_dim\x18\f \x01(\rR\trotaryDim\x12\x1f\n" +
 	"\vrotary_base\x18\r \x01(\x02R\n" +
-	"rotaryBase\"7\n" +
+	"rotaryBase\x12\x18\n" +
+	"\acontext\x18\x0e \x01(\rR\acontext\x12!\n" +
+	"\fcache_floats\x18\x0f \x01(\x04R\vcacheFloats\"7\n" +
 	"\x06Action\x12\v\n" +
 	"\aUNKNOWN\x10\x00\x12\n" +
 	"\n" +

@@ -69,6 +69,20 @@ func (m *metadata) same(key string, fallback int) int {
 	return m.narrow(key, list[0])
 }
 
+// perLayer returns a number for every layer, whether the file states it once or for each.
+func (m *metadata) perLayer(key string, layers int64, fallback []int64) []int64 {
+	list, found, err := m.file.Uints(m.file.Data, m.prefix+key)
+	m.bad(err)
+	if !found || err != nil || len(list) == 0 || layers > maxLayers {
+		return fallback
+	}
+	out := make([]int64, layers)
+	for i := range out {
+		out[i] = int64(m.narrow(key, list[i%len(list)]))
+	}
+	return out
+}
+
 func (m *metadata) float(key string, fallback float64) float64 {
 	x, found, err := m.file.Float(m.prefix + key)
 	m.bad(err)

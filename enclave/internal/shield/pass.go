@@ -45,6 +45,9 @@ func Identify(files []File) (enclave.Model, error) {
 	if pass, err := passes(files, out.Architecture, kind); pass || err != nil {
 		return out, err
 	}
+	if err := checkState(files); err != nil {
+		return enclave.Model{}, err
+	}
 	out.Action = enclave.Reside
 	geometry(&out, files[0])
 	return out, nil
@@ -53,6 +56,7 @@ func Identify(files []File) (enclave.Model, error) {
 // geometry fills in what the metadata says of attention, where it is the same in all layers. It is for people: the engine's graph is what
 // counts.
 func geometry(out *enclave.Model, f File) {
+	out.Context, out.CacheFloats = cacheSize(f, out.Architecture)
 	m := metadata{file: f, prefix: out.Architecture + "."}
 	s := Shape{Layers: m.count("block_count", 0), Heads: m.same("attention.head_count", 0)}
 	s.HeadsKV = m.same("attention.head_count_kv", s.Heads)

@@ -54,9 +54,13 @@ func Read(files []File) (*Plan, error) {
 	if m.err != nil {
 		return nil, m.err
 	}
-	if pass, err := passes(files, p.Model.Architecture, kind); pass || err != nil {
+	if pass, err := passes(files, p.Model.Architecture, kind); pass || err != nil || encoders[p.Model.Architecture] {
 		return p, err
 	}
+	if err := checkState(files); err != nil {
+		return nil, err
+	}
+	p.Model.Context, p.Model.CacheFloats = cacheSize(files[0], p.Model.Architecture)
 	return p, p.shield(files)
 }
 

@@ -6,6 +6,8 @@ const (
 	// maxRow keeps the index of a float within a row in 16 bits: four times the largest llama.
 	maxRow   = 1 << 16
 	maxHeads = 1 << 12
+	// maxLayers bounds what is counted layer by layer.
+	maxLayers = 1 << 16
 	// maxTable bounds the inverse tables of a model, which live in memory that is never swapped.
 	maxTable = 32 << 20
 )
