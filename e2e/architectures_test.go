@@ -149,12 +149,12 @@ func lastLine(s string) string {
 	return lines[len(lines)-1]
 }
 
-var words = regexp.MustCompile(`(?m)^.*kvshield: (?:/\S+: )?(.*)$`)
+var words = regexp.MustCompile(`(?m)^.*kvshield: (?:\S*: )?\s*(.*)$`)
 
 // reason is the first thing that kvshield said which is a refusal.
 func reason(log string) string {
 	for _, m := range words.FindAllStringSubmatch(log, -1) {
-		for _, word := range []string{"not supported", "does not know", "cannot keep", "refused", "mode resident", "mode permute", "another model"} {
+		for _, word := range []string{"not supported", "does not know", "cannot keep", "refused", "mode resident", "mode permute", "another model", "no mode can shield"} {
 			if strings.Contains(m[1], word) {
 				return m[1]
 			}

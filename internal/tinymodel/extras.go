@@ -218,7 +218,7 @@ var extras = map[string]extra{
 	"falcon":       kv(headCountKV, uint32(1)),
 	"stablelm":     kv(rotated, uint32(8)),
 	"olmoe":        kv(headCountKV, uint32(heads)),
-	"dots1":        kv(headCountKV, uint32(heads)),
+	"dots1":        kv(headCountKV, uint32(heads), "expert_gating_func", uint32(2)),
 	"t5":           kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
 	"t5encoder":    kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
 	"minimax-m2":   kv("expert_gating_func", uint32(2)),

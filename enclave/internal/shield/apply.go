@@ -10,6 +10,8 @@ func (p *Permutation) Head(r Role, layer, head int) (from int, rows []uint16) {
 		return int(heads[head/group])*group + head%group, p.rows
 	case Key:
 		return int(heads[head]), p.rows
+	case HeadNorm:
+		return 0, p.rows
 	}
 	return int(heads[head]), p.valueRows(layer, head)
 }

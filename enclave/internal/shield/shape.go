@@ -34,6 +34,8 @@ func (s Shape) HeadRows(r Role) (heads, rows int) {
 		return s.Heads, s.KeyDim
 	case Key:
 		return s.HeadsKV, s.KeyDim
+	case HeadNorm:
+		return 1, s.KeyDim
 	}
 	return s.HeadsKV, s.ValueDim
 }

@@ -16,6 +16,7 @@ const (
 	Query Role = iota + 1
 	Key
 	Value
+	HeadNorm // one head's rows, of queries or keys: the norm that is applied to every head before it is rotated
 )
 
 // architecture is everything that shielding has to know about one.
@@ -23,6 +24,9 @@ type architecture struct {
 	rope Rope
 	// weights names the tensors with permuted rows, without "blk.N." and ".weight".
 	weights map[string]Role
+	// norms names tensors of one head's length, or of none, whose elements are permuted as the rows of queries and keys are. They
+	// are optional: not every model of an architecture has them.
+	norms []string
 	// plain lists other tensors of a layer that the permutation leaves alone; an entry that ends
 	// in "_" stands for all names that start with it.
 	plain []string
@@ -34,20 +38,42 @@ type architecture struct {
 	refusedTensors []string
 }
 
-var architectures = map[string]architecture{
-	"llama": {
-		rope:    RopeNorm,
-		weights: map[string]Role{"attn_q": Query, "attn_k": Key, "attn_v": Value},
-		plain:   []string{"attn_norm", "attn_output", "ffn_"},
-		factors: "rope_freqs.weight",
-		refusedKeys: []string{
-			"attention.q_lora_rank", "attention.kv_lora_rank",
-			"attention.key_length_mla", "attention.value_length_mla",
-			"attention.key_length_swa", "attention.value_length_swa",
-			"rope.dimension_count_swa", "rope.freq_base_swa", "rope.dimension_sections",
-		},
+// otherAttention are keys of other kinds of attention than one that is the same in all layers.
+var otherAttention = []string{
+	"attention.q_lora_rank", "attention.kv_lora_rank",
+	"attention.key_length_mla", "attention.value_length_mla",
+	"attention.key_length_swa", "attention.value_length_swa",
+	"rope.dimension_count_swa", "rope.freq_base_swa", "rope.dimension_sections",
+}
+
+// likeLlama has separate queries, keys and values, and frequency factors of its own in a tensor that the engine looks for.
+func likeLlama(rope Rope, norms ...string) architecture {
+	return architecture{
+		rope:           rope,
+		weights:        map[string]Role{"attn_q": Query, "attn_k": Key, "attn_v": Value},
+		norms:          norms,
+		plain:          []string{"attn_norm", "attn_output", "ffn_", "post_attention_norm", "post_ffw_norm", "exp_probs_b"},
+		factors:        "rope_freqs.weight",
+		refusedKeys:    otherAttention,
 		refusedTensors: []string{"rope_factors_long.weight", "rope_factors_short.weight"},
-	},
+	}
+}
+
+// architectures that mode permute knows: a new one is an entry here. The layout of the rotary embedding is what the engine prints
+// as "rope type" when it loads a model (0: norm, 2: neox).
+var architectures = map[string]architecture{
+	"llama":      likeLlama(RopeNorm),
+	"llama4":     likeLlama(RopeNorm),
+	"mistral3":   likeLlama(RopeNorm),
+	"minicpm":    likeLlama(RopeNorm),
+	"granite":    likeLlama(RopeNorm),
+	"granitemoe": likeLlama(RopeNorm),
+	"arcee":      likeLlama(RopeNorm),
+	"nanbeige":   likeLlama(RopeNorm),
+	"exaone":     likeLlama(RopeNeox),
+	"exaone4":    likeLlama(RopeNeox, "attn_q_norm", "attn_k_norm"),
+	"exaone-moe": likeLlama(RopeNeox, "attn_q_norm", "attn_k_norm"),
+	"apertus":    likeLlama(RopeNeox, "attn_q_norm", "attn_k_norm"),
 }
 
 func lookUp(name string) (architecture, error) {

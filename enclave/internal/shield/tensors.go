@@ -73,6 +73,8 @@ func (f *finder) layerTensor(file, layer int, name string, t gguf.Tensor) error 
 	switch {
 	case !permuted && f.arch.leavesAlone(base):
 		return f.checkOutput(name, t)
+	case slices.Contains(f.arch.norms, base) && kind == "weight":
+		return f.bias(Target{file, t, layer, HeadNorm, 4})
 	case permuted && kind == "weight":
 		return f.weight(Target{file, t, layer, role, t.RowBytes()})
 	case permuted && kind == "bias":
