@@ -76,7 +76,10 @@ type LoadResult struct {
 	// tensor named Marker as they lie in the shielded model. It is as public as that model.
 	Fingerprint []byte
 	Marker      string
-	Copies      []Copy
+	// Factors are frequency factors, one for each rotary pair, that the engine's graph must be given where the model has none of its
+	// own; empty when they are in the shielded model.
+	Factors []float32
+	Copies  []Copy
 	// OutputSizes are the sizes in bytes that the outputs have when the copies are done.
 	OutputSizes []int64
 }

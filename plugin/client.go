@@ -254,7 +254,7 @@ func (c *Client) Load(ctx context.Context, req enclave.LoadRequest) (enclave.Loa
 	if err != nil {
 		return enclave.LoadResult{}, fromStatus(err)
 	}
-	res := enclave.LoadResult{ID: enclave.ModelID(r.GetId()), Model: modelFromWire(r.GetModel()), Fingerprint: r.GetFingerprint(), Marker: r.GetMarker()}
+	res := enclave.LoadResult{ID: enclave.ModelID(r.GetId()), Model: modelFromWire(r.GetModel()), Fingerprint: r.GetFingerprint(), Marker: r.GetMarker(), Factors: r.GetFactors()}
 	for _, x := range r.GetCopies() {
 		res.Copies = append(res.Copies, enclave.Copy{File: int(x.GetFile()), From: int64(x.GetFrom()), To: int64(x.GetTo()), Length: int64(x.GetLength())})
 	}

@@ -73,7 +73,7 @@ func (s *server) Load(ctx context.Context, r *pb.LoadRequest) (*pb.LoadReply, er
 	if err != nil {
 		return nil, toStatus(err)
 	}
-	reply := &pb.LoadReply{Id: uint32(res.ID), Model: modelToWire(res.Model), Fingerprint: res.Fingerprint, Marker: res.Marker}
+	reply := &pb.LoadReply{Id: uint32(res.ID), Model: modelToWire(res.Model), Fingerprint: res.Fingerprint, Marker: res.Marker, Factors: res.Factors}
 	for _, c := range res.Copies {
 		reply.Copies = append(reply.Copies, &pb.Copy{File: uint32(c.File), From: uint64(c.From), To: uint64(c.To), Length: uint64(c.Length)})
 	}

@@ -86,8 +86,8 @@ func readAt(f shield.File, b []byte, at int64) error {
 	return enclave.Invalid("%s: reading it failed: %v", f.Name, withoutPath(err))
 }
 
-// readMarker returns the model's own frequency factors, or nil.
-func readMarker(plan *shield.Plan, files []shield.File) ([]float32, error) {
+// readMarker returns the marker as it is in the model, or nil.
+func readMarker(plan *shield.Plan, files []shield.File) ([]byte, error) {
 	t := plan.Marker.Tensor
 	if t.Size == 0 {
 		return nil, nil
@@ -97,7 +97,7 @@ func readMarker(plan *shield.Plan, files []shield.File) ([]float32, error) {
 	if err := readAt(f, raw, f.DataOffset+t.Offset); err != nil {
 		return nil, err
 	}
-	return readFactors(raw), nil
+	return raw, nil
 }
 
 // outputs are the opened files that receive a shielded model.

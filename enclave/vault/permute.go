@@ -67,8 +67,9 @@ func (w *worker) tensor(ctx context.Context, t shield.Target, l *layout, out *os
 			return nil
 		}
 		from, table := w.permutation.Head(t.Role, t.Layer, h)
-		src := l.source.DataOffset + t.Tensor.Offset + int64(from)*size
-		dst := l.data + t.Tensor.Offset + int64(h)*size
+		start := t.Tensor.Offset + t.First*t.RowBytes
+		src := l.source.DataOffset + start + int64(from)*size
+		dst := l.data + start + int64(h)*size
 		permuteHead := w.head
 		if size > int64(len(w.read)) {
 			permuteHead = w.longHead

@@ -72,7 +72,7 @@ func writeSample(t *testing.T, in *sources) error {
 		t.Fatal(err)
 	}
 	defer out.close()
-	d, err := New(Options{}).draw(plan.Shape, nil)
+	d, err := New(Options{}).draw(plan, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func TestLongHeads(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := New(Options{}).draw(plan.Shape, nil)
+	d, err := New(Options{}).draw(plan, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -90,7 +90,7 @@ func (v *Vault) shield(ctx context.Context, plan *shield.Plan, in *sources, out 
 	if err != nil {
 		return enclave.LoadResult{}, err
 	}
-	d, err := v.draw(plan.Shape, own)
+	d, err := v.draw(plan, own)
 	if err != nil {
 		return enclave.LoadResult{}, err
 	}

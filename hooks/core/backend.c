@@ -30,6 +30,7 @@ static void resolve(struct kvs_ggml *g, struct kvs_backend *b)
         {"ggml_backend_buft_alloc_buffer", offsetof(struct kvs_backend, alloc_buffer)},
         {"ggml_backend_buffer_free", offsetof(struct kvs_backend, free_buffer)},
         {"ggml_backend_cpu_buffer_type", offsetof(struct kvs_backend, cpu_type)},
+        {"ggml_backend_buffer_get_type", offsetof(struct kvs_backend, type_of)},
         {"ggml_backend_sched_synchronize", offsetof(struct kvs_backend, synchronize)},
     };
     for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {

@@ -23,6 +23,7 @@ struct sched_state {
     void *host_user;
     bool host_wants, host_stopped;
     struct kvs_model *model;
+    struct kvs_model *last; /* whose graph was computed before: a context belongs to one model */
     struct kvs_plan *plan;  /* mode resident's; NULL in mode permute */
     bool resident;          /* the graph being computed has steps of the plan */
     struct ggml_cgraph *graph; /* that was understood last; the engine computes it again until it lays out another one */
@@ -81,7 +82,7 @@ static void add_target(struct sched_state *s, struct ggml_tensor *t, uint32_t la
 struct findings {
     struct kvs_model *model;
     bool marker_copied; /* the marker lies on another device than the graph reads it from */
-    bool attention, cache;
+    bool attention, cache, rope, alibi;
 };
 
 /*
@@ -96,6 +97,14 @@ static void check_rope(const struct kvs_ggml *g, const struct ggml_tensor *node,
                 "has base %g over %u rows); leave out options such as --rope-freq-base and --rope-scaling yarn",
                 (double)r.base, r.dims, r.ext_factor != 0.0f ? ", YaRN" : "", (double)info->rotary_base,
                 info->rotary_dim);
+}
+
+/* A model without frequency factors of its own is known by a norm, that is by a factor of a product. */
+static void look_for_norm(struct sched_state *s, const struct ggml_tensor *node, struct findings *f)
+{
+    const struct ggml_tensor *norm = kvs_src(s->g, node, 1);
+    if (!f->model && norm && kvs_model_is_marker(kvs_name(s->g, norm)))
+        f->model = kvs_model_of_marker(s->g, norm);
 }
 
 static void look_for_marker(struct sched_state *s, const struct ggml_tensor *node, struct findings *f)
@@ -137,13 +146,17 @@ static void look_at(struct sched_state *s, const struct ggml_tensor *node, struc
         add_target(s, kvs_src(g, node, 1), (uint32_t)layer);
         return;
     }
+    look_for_norm(s, node, f);
     if (kvs_src(g, node, 2))
         look_for_marker(s, node, f);
+    if (!f->rope)
+        f->rope = strcmp(g->op_desc(node), "ROPE") == 0;
     if (!f->cache)
         f->cache = touches_cache(g, node);
     if (!f->attention && kvs_src(g, node, 1)) {
         const char *op = g->op_desc(node);
         f->attention = strcmp(op, "FLASH_ATTN_EXT") == 0 || strcmp(op, "SOFT_MAX") == 0;
+        f->alibi = f->attention && kvs_paramf(g, node, 1) != 0.0f; /* max_bias, in both */
     }
 }
 
@@ -190,6 +203,23 @@ static void check_targets(const struct sched_state *s)
     }
 }
 
+static void give_factors(struct sched_state *s, struct ggml_cgraph *graph, const struct kvs_opened *info)
+{
+    for (int i = 0, n = s->g->graph_n_nodes(graph); i < n; i++) {
+        struct ggml_tensor *node = s->g->graph_node(graph, i);
+        if (strcmp(s->g->op_desc(node), "ROPE") != 0)
+            continue;
+        check_rope(s->g, node, info);
+        kvs_factors_give(s->g, node, info);
+    }
+}
+
+/* Whether the factors of a model go into its graphs; without a rotary embedding there are none. */
+static bool factors_in_graph(const struct kvs_opened *info)
+{
+    return info->factor_count > 0 || info->rotary_dim == 0;
+}
+
 /* Fills s->targets; afterwards s->model is set or there is nothing to shield in this graph. */
 static void scan(struct sched_state *s, struct ggml_cgraph *graph)
 {
@@ -204,6 +234,12 @@ static void scan(struct sched_state *s, struct ggml_cgraph *graph)
             kvs_die("this engine computes attention in a way that kvshield does not know (ggml %s): "
                     "no node uses blk.N.attn_output.weight",
                     s->g->version());
+        if (f.cache && f.rope) { /* a context shift */
+            if (!s->last && kvs_models_in_graph())
+                kvs_die("cached keys are rotated before the context has computed anything");
+            if (s->last && factors_in_graph(&s->last->info))
+                give_factors(s, graph, &s->last->info);
+        }
         return;
     }
     if (!f.model && !f.cache) {
@@ -214,7 +250,12 @@ static void scan(struct sched_state *s, struct ggml_cgraph *graph)
         kvs_die(f.marker_copied ? "the model's frequency factors lie on another device than its attention; "
                                   "put all layers on one device (-ngl 0 or -ngl 999)"
                                 : "a graph with attention belongs to no model that kvshield has shielded");
-    s->model = f.model;
+    if (f.alibi)
+        kvs_die("this model's attention has a bias that differs from head to head (ALiBi), which mode permute does not support: "
+                "it moves heads; use --mode resident");
+    s->model = s->last = f.model;
+    if (factors_in_graph(&s->model->info))
+        give_factors(s, graph, &s->model->info);
     place_targets(s, graph, nodes);
     check_targets(s);
     kvs_model_used(s->model);

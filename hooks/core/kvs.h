@@ -184,6 +184,7 @@ struct kvs_backend {
     struct ggml_backend_buffer *(*alloc_buffer)(void *, size_t);
     void (*free_buffer)(struct ggml_backend_buffer *);
     void *(*cpu_type)(void);
+    void *(*type_of)(struct ggml_backend_buffer *);
     void (*synchronize)(void *);
     size_t buffer; /* offset of the member */
 };
@@ -194,6 +195,10 @@ static inline struct ggml_backend_buffer *kvs_buffer(const struct kvs_ggml *g, c
     return *(struct ggml_backend_buffer *const *)(const void *)((const char *)t + g->backend->buffer);
 }
 
+/* factors.c: gives the model's frequency factors to a graph's rotary embeddings. */
+struct kvs_opened;
+KVS_HIDDEN void kvs_factors_give(struct kvs_ggml *g, struct ggml_tensor *rope, const struct kvs_opened *info);
+
 /* fatal.c */
 KVS_HIDDEN _Noreturn void kvs_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
 KVS_HIDDEN void kvs_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -201,6 +206,7 @@ KVS_HIDDEN void kvs_say(const char *format, ...) __attribute__((format(printf, 1
 /* session.c: the socket to the supervisor (KVSHIELD_SOCKET). Every call dies when it cannot be used. */
 #define KVS_MARKER_MAX 64
 #define KVS_FINGERPRINT_MAX 256
+#define KVS_FACTORS_MAX 512
 struct kvs_welcome {
     uint32_t transport, capacity, spin_us, timeout_ms;
     int fd;
@@ -220,6 +226,8 @@ struct kvs_opened {
     char marker[KVS_MARKER_MAX];
     uint8_t fingerprint[KVS_FINGERPRINT_MAX];
     size_t fingerprint_len;
+    float factors[KVS_FACTORS_MAX]; /* for the graph's rotary embeddings */
+    size_t factor_count;            /* 0 when the model's file has them */
     struct kvs_range *overlay; /* belongs to whoever holds this struct */
     size_t overlays;
     int fd;
@@ -284,6 +292,8 @@ struct kvs_model {
 };
 /* Returns false when the file is none of our business; *refused when the supervisor said no. */
 KVS_HIDDEN bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused);
+/* Whether any model needs frequency factors in its graphs. */
+KVS_HIDDEN bool kvs_models_in_graph(void);
 KVS_HIDDEN bool kvs_exchange_fd(int fd, bool *refused);
 KVS_HIDDEN struct kvs_model *kvs_exchanged(const char *path);
 /* The model whose memory file this descriptor is, if parts of it have to come from the original. */

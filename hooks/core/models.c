@@ -179,6 +179,16 @@ bool kvs_model_is_marker(const char *name)
     return m != NULL;
 }
 
+bool kvs_models_in_graph(void)
+{
+    pthread_mutex_lock(&lock);
+    struct kvs_model *m = models;
+    while (m && m->info.factor_count == 0)
+        m = m->next;
+    pthread_mutex_unlock(&lock);
+    return m != NULL;
+}
+
 static struct kvs_model *compare(const struct kvs_ggml *g, const struct ggml_tensor *t)
 {
     uint8_t bytes[KVS_FINGERPRINT_MAX];

@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 #define MAGIC 0x5353564bu /* "KVSS" */
-#define VERSION 3
+#define VERSION 4
 #define MESSAGE_MAX 8192
 
 #define REFUSAL_MAX 512
@@ -303,15 +303,16 @@ void kvs_session_begin(const char *engine_version)
     pthread_mutex_unlock(&once);
 }
 
-/* OPENED: action, model, layers, floats per row, rotary dimensions and base, then marker, fingerprint and overlay, each with its length. */
+/* OPENED: action, model, layers, floats per row, rotary dimensions and base, then marker, fingerprint, overlay and factors, each
+ * with its length. */
 static void decode_opened(const struct message *m, struct kvs_opened *out)
 {
-    size_t at = 9 * sizeof(uint32_t);
-    size_t marker = u32(m, 6), fingerprint = u32(m, 7), overlays = u32(m, 8);
+    size_t at = 10 * sizeof(uint32_t);
+    size_t marker = u32(m, 6), fingerprint = u32(m, 7), overlays = u32(m, 8), factors = u32(m, 9);
     uint32_t base = u32(m, 5);
     if (marker >= sizeof out->marker || fingerprint > sizeof out->fingerprint ||
-        overlays > MESSAGE_MAX / sizeof *out->overlay ||
-        m->h.length != at + marker + fingerprint + overlays * sizeof *out->overlay)
+        overlays > MESSAGE_MAX / sizeof *out->overlay || factors > KVS_FACTORS_MAX ||
+        m->h.length != at + marker + fingerprint + overlays * sizeof *out->overlay + factors * sizeof *out->factors)
         kvs_die("the supervisor's answer for a model has impossible lengths");
     out->action = u32(m, 0);
     out->model = u32(m, 1);
@@ -323,6 +324,8 @@ static void decode_opened(const struct message *m, struct kvs_opened *out)
     memcpy(out->fingerprint, m->body + at + marker, fingerprint);
     out->fingerprint_len = fingerprint;
     out->overlays = overlays;
+    out->factor_count = factors;
+    memcpy(out->factors, m->body + at + marker + fingerprint + overlays * sizeof *out->overlay, factors * sizeof *out->factors);
     if (overlays > 0) {
         out->overlay = malloc(overlays * sizeof *out->overlay);
         if (!out->overlay)

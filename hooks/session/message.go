@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the session socket's messages.
-const Version = 3
+const Version = 4
 
 const (
 	magic      = 0x5353564b // "KVSS"
@@ -94,7 +94,8 @@ type Opened struct {
 	RotaryBase  float32 // and base of the frequencies
 	Marker      string  // name of the tensor that Fingerprint belongs to, at most 63 bytes
 	Overlay     []Range
-	Fingerprint []byte // at most 256 bytes
+	Fingerprint []byte    // at most 256 bytes
+	Factors     []float32 // for the graph's rotary embeddings, at most 512; empty when the model's file has them
 }
 
 const (
@@ -104,6 +105,7 @@ const (
 	markerMax      = 63
 	fingerprintMax = 256
 	pathMax        = 4096
+	factorsMax     = 512
 )
 
 func encode(t Type, body []byte) []byte {
@@ -169,8 +171,8 @@ func decodeOpen(body []byte) (path string, err error) {
 }
 
 func (o Opened) encode() ([]byte, error) {
-	if len(o.Marker) > markerMax || len(o.Fingerprint) > fingerprintMax || len(o.Overlay) > OverlayMax {
-		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d, %d ranges: too long for the hook", len(o.Marker), len(o.Fingerprint), len(o.Overlay))
+	if len(o.Marker) > markerMax || len(o.Fingerprint) > fingerprintMax || len(o.Overlay) > OverlayMax || len(o.Factors) > factorsMax {
+		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d, %d ranges, %d factors: too long for the hook", len(o.Marker), len(o.Fingerprint), len(o.Overlay), len(o.Factors))
 	}
 	action := uint32(actionPass)
 	switch {
@@ -180,7 +182,7 @@ func (o Opened) encode() ([]byte, error) {
 		action = actionReside
 	}
 	var b []byte
-	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint)), uint32(len(o.Overlay))} {
+	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint)), uint32(len(o.Overlay)), uint32(len(o.Factors))} {
 		b = binary.LittleEndian.AppendUint32(b, v)
 	}
 	b = append(append(b, o.Marker...), o.Fingerprint...)
@@ -188,6 +190,9 @@ func (o Opened) encode() ([]byte, error) {
 		for _, v := range []uint64{r.From, r.To, r.Length} {
 			b = binary.LittleEndian.AppendUint64(b, v)
 		}
+	}
+	for _, f := range o.Factors {
+		b = binary.LittleEndian.AppendUint32(b, math.Float32bits(f))
 	}
 	return encode(typeOpened, b), nil
 }

@@ -227,7 +227,7 @@ var extras = map[string]extra{
 	"hunyuan_vl":   kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
 	"rwkv6qwen2":   kv("token_shift_count", uint32(1)),
 	"arwkv7":       kv("token_shift_count", uint32(1)),
-	"phi3":         kv("rope.scaling.attn_factor", float32(1), rotated, uint32(32), "attention.sliding_window", uint32(0)),
+	"phi3":         {perLayer: map[string][]int64{"attn_qkv.weight": {width, width + 2*headsKV*32}}},
 }
 
 // latent is attention with keys and values compressed into one row (MLA).

@@ -5,9 +5,13 @@ package shield
 func (p *Permutation) Head(r Role, layer, head int) (from int, rows []uint16) {
 	heads := p.layerHeads(layer)
 	switch r {
-	case Query:
+	case Query, Sink:
 		group := p.shape.Heads / p.shape.HeadsKV
-		return int(heads[head/group])*group + head%group, p.rows
+		from = int(heads[head/group])*group + head%group
+		if r == Sink {
+			return from, []uint16{0}
+		}
+		return from, p.rows
 	case Key:
 		return int(heads[head]), p.rows
 	case HeadNorm:

@@ -22,6 +22,7 @@ type Target struct {
 	Layer    int
 	Role     Role
 	RowBytes int64
+	First    int64 // the role's first row, in a tensor of several roles
 }
 
 // Marker is where the frequency factors of the shielded model stand. A Tensor without a size is not
@@ -38,6 +39,9 @@ type Plan struct {
 	Shape   Shape
 	Targets []Target
 	Marker  Marker
+	// InGraph says that the frequency factors go into the engine's graph; the marker is a tensor of the model then, of which the
+	// last bits are made its own.
+	InGraph bool
 }
 
 // Read makes the plan for a model, given its files in the order of their split numbers.
@@ -94,7 +98,8 @@ func (p *Plan) describe() {
 	p.Model.RotaryDim, p.Model.RotaryBase = p.Shape.RotDim, p.Shape.Base
 	p.Model.ShieldBytes = int64(p.Shape.RotDim/2) * 4
 	for _, t := range p.Targets {
-		p.Model.ShieldBytes += t.Tensor.Size
+		heads, rows := p.Shape.HeadRows(t.Role)
+		p.Model.ShieldBytes += int64(heads) * int64(rows) * t.RowBytes
 	}
 }
 

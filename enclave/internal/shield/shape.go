@@ -36,6 +36,8 @@ func (s Shape) HeadRows(r Role) (heads, rows int) {
 		return s.HeadsKV, s.KeyDim
 	case HeadNorm:
 		return 1, s.KeyDim
+	case Sink:
+		return s.Heads, 1
 	}
 	return s.HeadsKV, s.ValueDim
 }

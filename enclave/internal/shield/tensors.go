@@ -37,7 +37,10 @@ func (p *Plan) find(arch architecture, files []File) error {
 	if err := f.complete(); err != nil {
 		return err
 	}
-	p.Targets = f.list
+	p.Targets, p.InGraph = f.list, arch.factors == ""
+	if p.InGraph && f.marker == nil {
+		return enclave.Refuse("the first layer has no norm of its own by which mode permute could tell the model's graphs")
+	}
 	p.Marker = f.place()
 	return nil
 }
@@ -48,7 +51,7 @@ func (f *finder) tensor(file int, t gguf.Tensor) error {
 		return enclave.Refuse("tensor %q lies beyond the model's %d layers, which mode permute does not support", t.Name, f.shape.Layers)
 	case inLayer:
 		return f.layerTensor(file, layer, rest, t)
-	case t.Name == f.arch.factors:
+	case t.Name == f.arch.factors && f.arch.factors != "":
 		f.marker = &Marker{file, t}
 		return f.checkMarker(t)
 	case slices.Contains(f.arch.refusedTensors, t.Name), strings.Contains(t.Name, "attn"), strings.Contains(t.Name, "blk."):
@@ -72,17 +75,65 @@ func (f *finder) layerTensor(file, layer int, name string, t gguf.Tensor) error 
 	role, permuted := f.arch.weights[base]
 	switch {
 	case !permuted && f.arch.leavesAlone(base):
+		f.consider(file, layer, name, t)
 		return f.checkOutput(name, t)
+	case base == "attn_qkv" && (kind == "weight" || kind == "bias"):
+		return f.fused(file, layer, kind, t)
+	case base == "attn_sinks" && kind == "weight" && f.arch.sinks:
+		return f.bias(Target{File: file, Tensor: t, Layer: layer, Role: Sink, RowBytes: 4})
 	case slices.Contains(f.arch.norms, base) && kind == "weight":
-		return f.bias(Target{file, t, layer, HeadNorm, 4})
+		return f.bias(Target{File: file, Tensor: t, Layer: layer, Role: f.normed(base, t), RowBytes: 4})
 	case permuted && kind == "weight":
-		return f.weight(Target{file, t, layer, role, t.RowBytes()})
+		return f.weight(Target{File: file, Tensor: t, Layer: layer, Role: role, RowBytes: t.RowBytes()})
 	case permuted && kind == "bias":
-		return f.bias(Target{file, t, layer, role, 4})
+		return f.bias(Target{File: file, Tensor: t, Layer: layer, Role: role, RowBytes: 4})
 	case permuted && strings.HasSuffix(kind, "scale") && elements(t) == 1:
 		return nil // one factor for the whole tensor
 	}
 	return enclave.Refuse("tensor %q is not supported by mode permute for this architecture", t.Name)
+}
+
+// consider takes a norm of the first layer as the marker of a model without frequency factors.
+func (f *finder) consider(file, layer int, name string, t gguf.Tensor) {
+	norm := name == "attn_norm.weight" || name == "post_attention_norm.weight" || name == "ffn_norm.weight"
+	if f.arch.factors == "" && f.marker == nil && layer == 0 && norm && t.Type == gguf.F32 && len(t.Dims) == 1 && t.Dims[0] >= markerFloats {
+		f.marker = &Marker{file, t}
+	}
+}
+
+// markerFloats is how many last bits tell two loads apart, at least.
+const markerFloats = 32
+
+// normed is what the elements of a norm of queries or keys are: one head's rows, or all heads'.
+func (f *finder) normed(base string, t gguf.Tensor) Role {
+	switch {
+	case elements(t) == int64(f.shape.KeyDim):
+		return HeadNorm
+	case base == "attn_q_norm":
+		return Query
+	}
+	return Key
+}
+
+// fused plans a tensor of queries, keys and values, in this order.
+func (f *finder) fused(file, layer int, kind string, t gguf.Tensor) error {
+	row, first := t.RowBytes(), int64(0)
+	if kind == "bias" {
+		row = 4
+	}
+	for _, role := range []Role{Query, Key, Value} {
+		heads, rows := f.shape.HeadRows(role)
+		f.list = append(f.list, Target{file, t, layer, role, row, first})
+		first += int64(heads) * int64(rows)
+	}
+	have := t.Rows()
+	if kind == "bias" {
+		have = elements(t)
+	}
+	if have != first || row*first != t.Size || (kind == "bias") != (len(t.Dims) == 1) {
+		return enclave.Invalid("tensor %q has dimensions %v, expected %d rows of queries, keys and values", t.Name, t.Dims, first)
+	}
+	return nil
 }
 
 func elements(t gguf.Tensor) int64 {
@@ -142,6 +193,10 @@ func (f *finder) complete() error {
 	for layer := range f.shape.Layers {
 		for _, base := range f.required() {
 			name := fmt.Sprintf("blk.%d.%s.weight", layer, base)
+			_, separate := f.arch.weights[base]
+			if separate && f.seen[fmt.Sprintf("blk.%d.attn_qkv.weight", layer)] {
+				continue
+			}
 			if !f.seen[name] {
 				return enclave.Invalid("tensor %q is missing: layer %d of %d is incomplete", name, layer, f.shape.Layers)
 			}
