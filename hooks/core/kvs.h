@@ -206,7 +206,7 @@ KVS_HIDDEN void kvs_say(const char *format, ...) __attribute__((format(printf, 1
 /* session.c: the socket to the supervisor (KVSHIELD_SOCKET). Every call dies when it cannot be used. */
 #define KVS_MARKER_MAX 64
 #define KVS_FINGERPRINT_MAX 256
-#define KVS_FACTORS_MAX 512
+#define KVS_FACTORS_MAX 128
 struct kvs_welcome {
     uint32_t transport, capacity, spin_us, timeout_ms;
     int fd;

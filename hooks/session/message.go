@@ -95,7 +95,7 @@ type Opened struct {
 	Marker      string  // name of the tensor that Fingerprint belongs to, at most 63 bytes
 	Overlay     []Range
 	Fingerprint []byte    // at most 256 bytes
-	Factors     []float32 // for the graph's rotary embeddings, at most 512; empty when the model's file has them
+	Factors     []float32 // for the graph's rotary embeddings, at most 128; empty when the model's file has them
 }
 
 const (
@@ -105,7 +105,7 @@ const (
 	markerMax      = 63
 	fingerprintMax = 256
 	pathMax        = 4096
-	factorsMax     = 512
+	factorsMax     = 128 // with all ranges, a packet is full
 )
 
 func encode(t Type, body []byte) []byte {

@@ -15,7 +15,7 @@
 //   - the rows beyond the rotated ones, in the same way but one by one.
 //
 // What an architecture looks like is the table in table.go; a new one is an entry there and nothing
-// in the algebra. Limits: architecture llama; one head count for all layers; every tensor of a layer
+// in the algebra. Limits: one head count and one rotary base for all layers; no YaRN; every tensor of a layer
 // must be known. Promises: what the table does not describe is an [enclave.RefusedError], what is
 // broken an [enclave.InvalidError]; permutations are in secret memory and nowhere else.
 package shield

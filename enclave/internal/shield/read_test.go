@@ -126,10 +126,14 @@ func TestReadRefused(t *testing.T) {
 		{"label is not enough", func(d *draft) {
 			d.keys["general.architecture"], d.keys["general.type"] = "qwen2vl", "mmproj"
 		}, `architecture "qwen2vl"`},
-		{"fused", func(d *draft) { d.rename("blk.0.attn_q.weight", "blk.0.attn_qkv.weight") }, "attn_qkv"},
 		{"norm of queries", func(d *draft) { d.tensor("blk.0.attn_q_norm.weight", gguf.F32, 8) }, "attn_q_norm"},
 		{"sinks", func(d *draft) { d.tensor("blk.1.attn_sinks.weight", gguf.F32, 4) }, "attn_sinks"},
-		{"recurrent", func(d *draft) { d.tensor("blk.1.ssm_in.weight", gguf.F32, 32) }, "ssm_in"},
+		{"recurrent", func(d *draft) { d.tensor("blk.1.ssm_in.weight", gguf.F32, 32) }, "layer 1 keeps a recurrent state"},
+		{"encoder and decoder", func(d *draft) {
+			d.tensor("enc.blk.0.attn_q.weight", gguf.F32, 32)
+			d.tensor("dec.blk.0.attn_q.weight", gguf.F32, 32)
+		}, "encoder-decoder"},
+		{"ALiBi", func(d *draft) { d.keys["general.architecture"] = "mpt" }, `architecture "mpt"`},
 		{"cross attention", func(d *draft) { d.tensor("dec.blk.0.cross_attn_q.weight", gguf.F32, 32) }, "cross_attn_q"},
 		{"odd layer number", func(d *draft) { d.tensor("blk.00.attn_q.weight", gguf.F32, 32, 32) }, "blk.00"},
 		{"beyond the layers", func(d *draft) { d.tensor("blk.2.attn_q.weight", gguf.F32, 32, 32) }, "beyond the model's 2 layers"},
@@ -182,6 +186,7 @@ func TestReadInvalid(t *testing.T) {
 		{"missing tensor", func(d *draft) { delete(d.tensors, "blk.1.attn_k.weight") }, `"blk.1.attn_k.weight" is missing: layer 1 of 2`},
 		{"missing layer", func(d *draft) { d.keys["llama.block_count"] = uint32(3) }, `"blk.2.attn_k.weight" is missing`},
 		{"missing output", func(d *draft) { delete(d.tensors, "blk.0.attn_output.weight") }, `"blk.0.attn_output.weight" is missing`},
+		{"fused with too few rows", func(d *draft) { d.rename("blk.0.attn_q.weight", "blk.0.attn_qkv.weight") }, "expected 64 rows of queries, keys and values"},
 		{"too few rows", func(d *draft) { d.tensor("blk.0.attn_v.weight", gguf.F32, 32, 8) }, "8 rows of 2 heads"},
 		{"another width", func(d *draft) { d.tensor("blk.1.attn_v.weight", gguf.F32, 64, 16) }, "rows of 64 elements"},
 		{"three dimensions", func(d *draft) { d.tensor("blk.1.attn_v.weight", gguf.F32, 32, 8, 2) }, "expected 8 rows"},
