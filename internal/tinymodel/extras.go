@@ -202,6 +202,7 @@ const (
 // extras is where optional parts of an architecture are listed.
 var extras = map[string]extra{
 	"llama":        {global: map[string][]int64{"rope_freqs.weight": {16}}},
+	"qwen":         kv(headCountKV, uint32(heads)),
 	"qwen2":        {perLayer: qkvBias},
 	"qwen2moe":     {perLayer: qkvBias},
 	"qwen2vl":      {perLayer: qkvBias},
