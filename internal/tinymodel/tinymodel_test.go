@@ -5,8 +5,12 @@ import (
 	"testing"
 )
 
-func TestEveryArchitectureIsMadeOrNamed(t *testing.T) {
-	root, _ := filepath.Abs("../..")
+// What cannot be made is logged with what the engine wants; it may be a few.
+func TestMostArchitecturesAreMade(t *testing.T) {
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
 	e, err := Open(t.TempDir(), filepath.Join(root, ".engine"))
 	if err != nil {
 		t.Fatal(err)
@@ -26,4 +30,7 @@ func TestEveryArchitectureIsMadeOrNamed(t *testing.T) {
 		t.Logf("%s: %d tensors made", name, len(r.Tensors))
 	}
 	t.Logf("%d of %d", made, len(names))
+	if made < len(names)*3/4 {
+		t.Errorf("tiny models of only %d of %d architectures", made, len(names))
+	}
 }
