@@ -140,7 +140,7 @@ func (h *host) prepare(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", h.flags.model, err)
 	}
-	if model.Action == enclave.Pass {
+	if model.Action == enclave.Pass && model.Layers == 0 { // an embedding model has layers, and keeps nothing
 		return fmt.Errorf("%s is not a language model (architecture %q); give a model that generates text", h.flags.model, model.Architecture)
 	}
 	report, err := h.shield.Attest(ctx, nil)

@@ -136,7 +136,7 @@ func TestBothModesRefuseOtherStates(t *testing.T) {
 
 func TestEncodersPass(t *testing.T) {
 	p, err := Read([]File{llama().as("bert").build(t, "m.gguf")})
-	if err != nil || p.Model.Action != enclave.Pass {
+	if err != nil || p.Model.Action != enclave.Pass || p.Model.Layers != 2 {
 		t.Errorf("plan %+v, error %v", p, err)
 	}
 }

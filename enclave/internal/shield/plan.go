@@ -58,8 +58,12 @@ func Read(files []File) (*Plan, error) {
 	if m.err != nil {
 		return nil, m.err
 	}
-	if pass, err := passes(files, p.Model.Architecture, kind); pass || err != nil || encoders[p.Model.Architecture] {
+	if pass, err := passes(files, p.Model.Architecture, kind); pass || err != nil {
 		return p, err
+	}
+	if encoders[p.Model.Architecture] {
+		geometry(&p.Model, files[0])
+		return p, nil
 	}
 	if err := checkState(files); err != nil {
 		return nil, err
