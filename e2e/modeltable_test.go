@@ -61,7 +61,7 @@ func verdict(list []outcome) string {
 
 func shorten(s string) string {
 	s, _, _ = strings.Cut(s, "; use ")
-	s, _, _ = strings.Cut(s, "; run it with")
+	s, _, _ = strings.Cut(s, "; run it in")
 	return strings.ReplaceAll(s, "|", "/")
 }
 
