@@ -102,6 +102,7 @@ type host struct {
 	dir        *supervisor.RuntimeDir
 	shield     *supervisor.Supervisor // nil in mode off
 	env        []string
+	passes     bool // its model keeps nothing, and is opened as it is
 	protection string
 	server     atomic.Pointer[llamacpp.Server]
 	reason     atomic.Pointer[string]   // why requests cannot be answered; nil when they can
@@ -143,6 +144,7 @@ func (h *host) prepare(ctx context.Context) error {
 	if model.Action == enclave.Pass && model.Layers == 0 { // an embedding model has layers, and keeps nothing
 		return fmt.Errorf("%s is not a language model (architecture %q); give a model that generates text", h.flags.model, model.Architecture)
 	}
+	h.passes = model.Action == enclave.Pass
 	report, err := h.shield.Attest(ctx, nil)
 	if err != nil {
 		return err
@@ -153,6 +155,12 @@ func (h *host) prepare(ctx context.Context) error {
 	}
 	h.endWatch = watchTree(context.WithoutCancel(ctx), h.shield)
 	return nil
+}
+
+// seen is whether the engine's model came by the hook.
+func (h *host) seen() bool {
+	e := h.shield.Events()
+	return e.Shielded > 0 || h.passes && e.Passed > 0
 }
 
 func (h *host) notReady(reason string) { h.reason.Store(&reason) }
@@ -171,7 +179,7 @@ func (h *host) start(ctx context.Context) error {
 		s.Kill()
 		return err
 	}
-	if h.shield != nil && h.shield.Events().Shielded == 0 {
+	if h.shield != nil && !h.seen() {
 		s.Kill()
 		return fmt.Errorf("%s loaded its model past kvshield's hook; use a build of llama.cpp with shared libraries (BUILD_SHARED_LIBS=ON)", h.program)
 	}
