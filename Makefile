@@ -75,8 +75,8 @@ lint: ## formatting, go vet, shellcheck where it is installed
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck $(wildcard scripts/*.sh examples/*/*.sh) .ci/run; \
 		else echo 'lint: no shellcheck on this machine, shell scripts not checked'; fi
 
-models: build engine node-host ## docs/models.md: every architecture that the engine knows, in both modes (10 minutes)
-	KVSHIELD_ARCHITECTURES=all KVSHIELD_WRITE_MODELS=1 $(GO) test ./e2e -run TestEveryArchitecture -count=1 -timeout 40m
+models: build engine node-host ## docs/models.md: every architecture that the engine knows, in both modes (an hour)
+	KVSHIELD_ARCHITECTURES=all KVSHIELD_WRITE_MODELS=1 $(GO) test ./e2e -run TestEveryArchitecture -count=1 -timeout 120m
 
 generate: ## plugin/pb/*.pb.go from plugin/pb/enclave.proto
 	$(call need,$(GO):golang protoc:protobuf-compiler)

@@ -1,21 +1,16 @@
 package e2e
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
-	"github.com/kvshield/kvshield/adapters/llamacpp"
 	"github.com/kvshield/kvshield/internal/tinymodel"
 )
 
@@ -25,6 +20,7 @@ type outcome struct {
 	refused string  // why, in kvshield's words
 	failed  string  // neither
 	worst   float64 // largest relative difference of logits
+	parted  float64 // how far stock's best token was ahead where a text parted, at most
 	ties    int     // prompts whose text parted where the stock engine's two best tokens are as close as rounding
 }
 
@@ -40,24 +36,21 @@ func (o outcome) String() string {
 	return "FAILED: " + o.failed
 }
 
-var archPrompts = []string{"At last the sailors", "w300 w301 w302 w303 w300 w301", "The Constitution of the United States", ""}
+var archPrompts = []string{"At last the sailors", "w300 w301 w302 w303 w300 w301", "The Constitution of the United States"}
 
 const archTokens = 64
 
-// answers are four prompts' greedy texts and the logits of their first tokens.
+// answers are greedy texts and the logits of their first tokens.
 type answers struct{ texts, firsts []completion }
 
 // tryAnswers asks a server everything. It does not fail the test: an engine may have reasons.
-func (s *server) tryAnswers(long string) (a answers, err error) {
-	for _, prompt := range archPrompts {
-		if prompt == "" {
-			prompt = long
-		}
-		text, err := s.tryComplete(prompt, archTokens, map[string]any{"n_probs": 12, "logit_bias": noBytes})
+func (s *server) tryAnswers(ask []question) (a answers, err error) {
+	for _, q := range ask {
+		text, err := s.tryComplete(q.prompt, q.tokens, map[string]any{"n_probs": 12, "logit_bias": noBytes})
 		if err != nil {
 			return a, err
 		}
-		first, err := s.tryComplete(prompt, 2, map[string]any{"n_probs": vocabulary})
+		first, err := s.tryComplete(q.prompt, 2, map[string]any{"n_probs": vocabulary})
 		if err != nil {
 			return a, err
 		}
@@ -93,8 +86,9 @@ func margin(c completion, i int) float64 {
 	return math.Inf(1)
 }
 
-// compare says whether shielded answers are the stock engine's. bound is for logits, relative.
-func compare(t *testing.T, stock, shielded answers, bound float64) (o outcome) {
+// compare says whether shielded answers are the stock engine's. bound is for logits, relative; a text may part where the stock
+// engine's best word is not further ahead than tie.
+func compare(t *testing.T, stock, shielded answers, bound, tie float64) (o outcome) {
 	t.Helper()
 	for i := range stock.texts {
 		for k := range min(len(stock.firsts[i].Probs), len(shielded.firsts[i].Probs)) {
@@ -112,7 +106,8 @@ func compare(t *testing.T, stock, shielded answers, bound float64) (o outcome) {
 			if shielded.texts[i].Tokens[k] == token {
 				continue
 			}
-			if m := margin(stock.texts[i], k); m > max(0.05, 10*bound) {
+			m := margin(stock.texts[i], k)
+			if o.parted = max(o.parted, m); m > tie {
 				o.failed = fmt.Sprintf("prompt %d parts at token %d, margin %.2g, logits off by %.1e", i, k, m, o.worst)
 				return o
 			}
@@ -124,30 +119,6 @@ func compare(t *testing.T, stock, shielded answers, bound float64) (o outcome) {
 		o.failed = fmt.Sprintf("logits off by %.1e", o.worst)
 	}
 	return o
-}
-
-// plainServer starts the stock engine; what it cannot do by itself is an error.
-func plainServer(t *testing.T, model string, env []string, args ...string) (*server, error) {
-	t.Helper()
-	log := &buffer{}
-	s, err := llamacpp.StartServer(llamacpp.ServerConfig{Program: engine("llama-server"), Model: model, Socket: filepath.Join(shortDir(t), "s.sock"),
-		Args: append([]string{"-t", "1"}, args...), Env: append(append(os.Environ(), "GGML_NO_BACKTRACE=1"), env...), Output: log})
-	if err != nil {
-		return nil, err
-	}
-	t.Cleanup(s.Stop)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	if err := s.WaitHealthy(ctx); err != nil {
-		return nil, fmt.Errorf("%w: %s", err, lastLine(log.String()))
-	}
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }, DisableKeepAlives: true}
-	return &server{url: "http://stock", client: &http.Client{Transport: transport, Timeout: patience}, log: log}, nil
-}
-
-func lastLine(s string) string {
-	lines := strings.Split(strings.TrimSpace(s), "\n")
-	return lines[len(lines)-1]
 }
 
 var words = regexp.MustCompile(`(?m)^.*kvshield: (?:\S*: )?\s*(.*)$`)
@@ -165,78 +136,131 @@ func reason(log string) string {
 }
 
 // shielded runs a model under a mode and compares it with what the stock engine said.
-func shielded(t *testing.T, model, mode string, stock answers, long string, bound float64, env []string, args ...string) outcome {
+func shielded(t *testing.T, model, mode string, w way, stock answers, ask []question, bound, tie float64) outcome {
 	t.Helper()
-	s := launch(t, serveOptions{model: model, mode: mode, env: env, args: args})
+	s := launch(t, serveOptions{model: model, mode: mode, env: w.env(t), args: w.args})
 	s.client.Timeout = patience
-	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
-		resp, err := s.client.Get(s.url + "/health")
-		if err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				break
-			}
+	if err := s.tryReady(); err != nil {
+		if why := reason(s.log.String()); why != "" {
+			return outcome{refused: why}
 		}
-		select {
-		case err := <-s.ended:
-			s.ended <- err
-			if why := reason(s.log.String()); why != "" {
-				return outcome{refused: why}
-			}
-			return outcome{failed: "ended: " + lastLine(s.log.String())}
-		default:
-		}
-		if time.Now().After(end) {
-			return outcome{failed: "not ready: " + lastLine(s.log.String())}
-		}
+		return outcome{failed: err.Error() + " | " + lastLine(s.log.String())}
 	}
-	got, err := s.tryAnswers(long)
+	got, err := s.tryAnswers(ask)
 	if err != nil {
 		return outcome{failed: err.Error() + " | " + lastLine(s.log.String())}
 	}
-	return compare(t, stock, got, bound)
+	return compare(t, stock, got, bound, tie)
 }
 
-// archWays are the ways of running each architecture. With an F32 cache nothing is rounded on its way into the cache, so logits must
-// be the same but for the order of sums. The bounds of the others leave room for F16. twin is another way of running the stock
-// engine: where it differs from itself by more (experts chosen at a near tie, deep models), twice that is the bound.
-var archWays = []struct {
+// refusal is why a mode does not run a model, empty where it does not say.
+func refusal(t *testing.T, model, mode string) string {
+	t.Helper()
+	s := launch(t, serveOptions{model: model, mode: mode})
+	if s.tryReady() == nil {
+		return ""
+	}
+	return reason(s.log.String())
+}
+
+// way is a way of running each architecture.
+type way struct {
 	name       string
 	args, twin []string
 	bound      float64
-}{
-	{"F32 cache", []string{"-fa", "off", "-ctk", "f32", "-ctv", "f32"}, []string{"-fa", "on", "-ctk", "f32", "-ctv", "f32"}, 1e-3},
-	{"flash on", []string{"-fa", "on"}, []string{"-fa", "off"}, 5e-3},
-	{"flash off", []string{"-fa", "off"}, []string{"-fa", "on"}, 5e-3},
+	vulkan     bool
+	shift      bool // past the end of the context
+	// only is by default for these; nil is for all.
+	only []string
 }
 
-// stockAnswers asks the stock engine, and says how far its twin is from it.
-func stockAnswers(t *testing.T, model, long string, args, twin []string) (want answers, own float64, err error) {
+func (w way) env(t *testing.T) []string {
+	if !w.vulkan {
+		return nil
+	}
+	return vulkan(t)
+}
+
+var (
+	common     = []string{"-c", "1024", "-np", "1", "--no-warmup"}
+	device     = append(slices.Clone(common), "-ngl", "99", "-dev", "Vulkan0")
+	exactCache = []string{"-ctk", "f32", "-ctv", "f32"}
+	shifted    = slices.Concat([]string{"-c", "256", "-np", "1", "--no-warmup", "--context-shift"}, exactCache)
+)
+
+// archWays are the ways of running each architecture. With an F32 cache nothing is rounded on its way into the cache, so logits must
+// be the same but for the order of sums. The bounds of the others leave room for F16. twin is another way of running the stock
+// engine, on the CPU for Vulkan's: where it differs from itself by more (experts chosen at a near tie, deep models), twice that is the bound.
+var archWays = []way{
+	{name: "F32 cache", args: slices.Concat(common, exactCache, []string{"-fa", "off"}), twin: slices.Concat(common, exactCache, []string{"-fa", "on"}), bound: 1e-3},
+	{name: "flash on", args: slices.Concat(common, []string{"-fa", "on"}), twin: slices.Concat(common, []string{"-fa", "off"}), bound: 5e-3},
+	{name: "flash off", args: slices.Concat(common, []string{"-fa", "off"}), twin: slices.Concat(common, []string{"-fa", "on"}), bound: 5e-3},
+	{name: "shift", args: slices.Concat(shifted, []string{"-fa", "off"}), twin: slices.Concat(shifted, []string{"-fa", "on"}), bound: 1e-3, shift: true, only: strings.Fields("llama qwen3 phi3 gpt2 gpt-oss gemma3 deepseek2 mpt")},
+	{name: "Vulkan", args: slices.Concat(device, []string{"-fa", "on"}), twin: slices.Concat(common, []string{"-fa", "on"}), bound: 5e-3, vulkan: true,
+		only: strings.Fields("qwen3 phi3 gpt-oss gemma3 deepseek2")},
+}
+
+// question is a prompt and how many tokens to go on for.
+type question struct {
+	prompt string
+	tokens int
+}
+
+func (w way) questions(long string) []question {
+	if w.shift {
+		return []question{{archPrompts[2], 250}}
+	}
+	var list []question
+	for _, p := range append(archPrompts, long) {
+		list = append(list, question{p, archTokens})
+	}
+	return list
+}
+
+// stockSays keeps what the stock engine answered to a model.
+type stockSays struct {
+	model string
+	known map[string]answers
+}
+
+func (k *stockSays) answers(t *testing.T, w way, args []string, ask []question) (answers, error) {
 	t.Helper()
-	s, err := plainServer(t, model, nil, args...)
+	key := strings.Join(args, " ")
+	if a, ok := k.known[key]; ok {
+		return a, nil
+	}
+	s, err := tryStock(t, k.model, w.env(t), args...)
 	if err != nil {
-		return want, 0, err
+		return answers{}, err
 	}
-	if want, err = s.tryAnswers(long); err != nil {
-		return want, 0, err
+	a, err := s.tryAnswers(ask)
+	if err == nil {
+		k.known[key] = a
 	}
-	if s, err = plainServer(t, model, nil, twin...); err != nil {
-		return want, 0, nil // without flash attention, say: then there is nothing to compare with
+	return a, err
+}
+
+// ask returns the stock engine's answers, and how far its twin is from it.
+func (k *stockSays) ask(t *testing.T, w way, ask []question) (want answers, own outcome, err error) {
+	t.Helper()
+	if want, err = k.answers(t, w, w.args, ask); err != nil {
+		return want, own, err
 	}
-	other, err := s.tryAnswers(long)
+	other, err := k.answers(t, w, w.twin, ask)
 	if err != nil {
-		return want, 0, nil
+		return want, own, nil // without flash attention, say: then there is nothing to compare with
 	}
-	if own = compare(t, want, other, math.Inf(1)).worst; math.IsNaN(own) {
-		return want, 0, errors.New("the stock engine's logits are no numbers")
+	if own = compare(t, want, other, math.Inf(1), math.Inf(1)); math.IsNaN(own.worst) {
+		return want, own, errors.New("the stock engine's logits are no numbers")
 	}
 	return want, own, nil
 }
 
 // families are run by default; KVSHIELD_ARCHITECTURES=all (make models) runs what the engine knows, all of it.
 var families = strings.Fields(`llama llama4 mistral3 qwen2 qwen2moe qwen3 qwen3moe qwen2vl gemma gemma2 gemma3 gemma3n gemma4 phi2 phi3 gpt-oss
-	granite olmo2 starcoder2 falcon gptneox stablelm gpt2 mpt command-r cohere2 glm4 smollm3 exaone exaone4 internlm2 minicpm deepseek2 bitnet
-	mamba lfm2 granitehybrid`)
+	granite olmo2 starcoder2 falcon gptneox stablelm gpt2 mpt bloom command-r cohere2 glm4 smollm3 exaone exaone4 internlm2 minicpm deepseek2 bitnet
+	mamba lfm2 granitehybrid
+	llama:head64 qwen3:head80 llama:head96 qwen3:head128 llama:head256 qwen2:mqa llama:mqa gptneox:mha qwen3:mha llama:yarn qwen2:yarn gpt-oss:yarn`)
 
 // Every architecture that the engine knows: exact, or refused with a reason, in both modes; none runs unshielded.
 func TestEveryArchitecture(t *testing.T) {
@@ -248,10 +272,12 @@ func TestEveryArchitecture(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	switch only := os.Getenv("KVSHIELD_ARCHITECTURES"); only {
+	only := os.Getenv("KVSHIELD_ARCHITECTURES")
+	switch only {
 	case "all":
+		names = append(names, slices.DeleteFunc(slices.Clone(families), func(name string) bool { return !strings.Contains(name, ":") })...)
 	case "":
-		names = slices.DeleteFunc(names, func(name string) bool { return !slices.Contains(families, name) })
+		names = families
 	default:
 		names = strings.Fields(only)
 	}
@@ -262,36 +288,63 @@ func TestEveryArchitecture(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			r, err := e.Discover(dir, tinymodel.Start(name))
-			if errors.Is(err, tinymodel.ErrNotMade) {
-				table.stock(name, err)
-				t.Skip(err)
-			}
 			model := filepath.Join(dir, "m.gguf")
-			if err == nil {
-				err = r.Write(model)
+			r, made := e.Discover(dir, tinymodel.Start(name))
+			if made != nil && !errors.Is(made, tinymodel.ErrNotMade) {
+				t.Fatal(made)
 			}
-			if err != nil {
+			if err := r.Write(model); err != nil {
 				t.Fatal(err)
 			}
-			for _, w := range archWays {
-				common := []string{"-c", "1024", "-np", "1", "--no-warmup"}
-				args := append(common, w.args...)
-				want, own, err := stockAnswers(t, model, long, args, slices.Concat(common, w.twin))
-				if err != nil {
-					t.Logf("RESULT %s %s stock: %v", name, w.name, err)
-					table.stock(name, err)
-					continue
-				}
-				for _, mode := range []string{"resident", "permute"} {
-					o := shielded(t, model, mode, want, long, max(w.bound, 2*own), nil, args...)
-					t.Logf("RESULT %s %s %s: %v (stock itself %.0e)", name, w.name, mode, o, own)
-					table.add(name, mode, w.name, o)
-					if o.failed != "" {
-						t.Errorf("%s, %s: %v", mode, w.name, o)
-					}
-				}
+			if made != nil {
+				onlyRefused(t, table, name, model, made)
+				t.Skip(made)
 			}
+			runWays(t, table, name, model, long, slices.DeleteFunc(slices.Clone(archWays), func(w way) bool {
+				return only == "" && w.only != nil && !slices.Contains(w.only, name)
+			}))
 		})
+	}
+}
+
+// onlyRefused notes what the stock engine does not run either: the modes may refuse it for a reason of theirs.
+func onlyRefused(t *testing.T, table *modelTable, name, model string, why error) {
+	t.Helper()
+	table.stock(name, why)
+	for _, mode := range []string{"resident", "permute"} {
+		if refused := refusal(t, model, mode); refused != "" {
+			t.Logf("RESULT %s %s: refused: %s", name, mode, refused)
+			table.add(name, mode, archWays[0].name, outcome{refused: refused})
+		}
+	}
+}
+
+// runWays runs a model in each way, stock and in both modes.
+func runWays(t *testing.T, table *modelTable, name, model, long string, ways []way) {
+	t.Helper()
+	says := stockSays{model, map[string]answers{}}
+	for i, w := range ways {
+		ask := w.questions(long)
+		want, own, err := says.ask(t, w, ask)
+		if err == nil && w.shift && !want.texts[0].Truncated {
+			err = errors.New("the stock engine does not shift this context")
+		}
+		if err != nil {
+			t.Logf("RESULT %s %s stock: %v", name, w.name, err)
+			if i == 0 {
+				onlyRefused(t, table, name, model, err)
+				return
+			}
+			continue
+		}
+		for _, mode := range []string{"resident", "permute"} {
+			bound := max(w.bound, 2*own.worst)
+			o := shielded(t, model, mode, w, want, ask, bound, max(0.05, 10*bound, own.parted))
+			t.Logf("RESULT %s %s %s: %v (stock itself %.0e)", name, w.name, mode, o, own.worst)
+			table.add(name, mode, w.name, o)
+			if o.failed != "" {
+				t.Errorf("%s, %s: %v", mode, w.name, o)
+			}
+		}
 	}
 }

@@ -80,14 +80,9 @@ func TestSpeculativeDecoding(t *testing.T) {
 	}
 }
 
-// quantised makes another model of the demo model with the engine's own tool.
 func quantised(t *testing.T, kind string) string {
 	t.Helper()
-	out := filepath.Join(t.TempDir(), kind+".gguf")
-	if text, err := exec.CommandContext(t.Context(), engine("llama-quantize"), demoModel, out, kind).CombinedOutput(); err != nil {
-		t.Fatalf("llama-quantize: %v\n%s", err, text)
-	}
-	return out
+	return quantise(t, demoModel, kind)
 }
 
 // Every quantisation is shielded without loss, because rows are permuted whole. The engine rounds the activations that meet

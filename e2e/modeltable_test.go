@@ -13,21 +13,24 @@ import (
 type modelTable struct {
 	mu    sync.Mutex
 	names []string
-	ways  map[string]map[string][]outcome // architecture, mode
-	own   map[string]string               // what the stock engine says where it does not run the tiny model
+	ways  map[string]map[string]map[string]outcome // architecture, mode, way
+	own   map[string]string                        // what the stock engine says where it does not run the tiny model
 }
 
 func newModelTable(names []string) *modelTable {
-	return &modelTable{names: names, ways: map[string]map[string][]outcome{}, own: map[string]string{}}
+	return &modelTable{names: names, ways: map[string]map[string]map[string]outcome{}, own: map[string]string{}}
 }
 
-func (m *modelTable) add(name, mode, _ string, o outcome) {
+func (m *modelTable) add(name, mode, way string, o outcome) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.ways[name] == nil {
-		m.ways[name] = map[string][]outcome{}
+		m.ways[name] = map[string]map[string]outcome{}
 	}
-	m.ways[name][mode] = append(m.ways[name][mode], o)
+	if m.ways[name][mode] == nil {
+		m.ways[name][mode] = map[string]outcome{}
+	}
+	m.ways[name][mode][way] = o
 }
 
 func (m *modelTable) stock(name string, err error) {
@@ -36,10 +39,11 @@ func (m *modelTable) stock(name string, err error) {
 	m.own[name] = err.Error()
 }
 
-// verdict is one for all ways: exact when each is, else the refusal.
-func verdict(list []outcome) string {
+// verdict is one for all ways on the CPU: exact when each is, else the refusal.
+func verdict(by map[string]outcome) string {
 	worst, refused := 0.0, ""
-	for _, o := range list {
+	for _, way := range []string{"F32 cache", "flash on", "flash off"} {
+		o := by[way]
 		switch {
 		case o.failed != "":
 			return "**failed**: " + o.failed
@@ -48,15 +52,29 @@ func verdict(list []outcome) string {
 		}
 		worst = max(worst, o.worst)
 	}
-	switch exact := len(list) > 0 && list[0].exact; {
+	switch exact := by["F32 cache"].exact; {
 	case refused != "" && exact:
 		return "exact without flash attention; with it refused: " + shorten(refused)
 	case refused != "":
 		return "refused: " + shorten(refused)
 	case exact:
-		return fmt.Sprintf("exact (%.0e; %.0e with an F16 cache)", list[0].worst, worst)
+		return fmt.Sprintf("exact (%.0e; %.0e with an F16 cache)", by["F32 cache"].worst, worst)
 	}
 	return "not run"
+}
+
+// also says how a model ran in another way than those of the verdict.
+func also(by map[string]outcome, way string) string {
+	switch o, ran := by[way]; {
+	case !ran:
+		return "–"
+	case o.failed != "":
+		return "**failed**: " + o.failed
+	case o.refused != "":
+		return "refused"
+	default:
+		return fmt.Sprintf("exact (%.0e)", o.worst)
+	}
 }
 
 func shorten(s string) string {
@@ -79,18 +97,22 @@ func (m *modelTable) counts(mode string) (exact, refused int) {
 
 func (m *modelTable) String() string {
 	var b strings.Builder
-	b.WriteString("| architecture | mode `resident` | mode `permute` |\n|---|---|---|\n")
+	b.WriteString("| architecture | `resident`, CPU | Vulkan | context shift | `permute`, CPU | Vulkan | context shift |\n|---|---|---|---|---|---|---|\n")
 	var without []string
 	for _, name := range m.names {
 		if by := m.ways[name]; by != nil {
-			fmt.Fprintf(&b, "| `%s` | %s | %s |\n", name, verdict(by["resident"]), verdict(by["permute"]))
+			fmt.Fprintf(&b, "| `%s` |", name)
+			for _, mode := range []string{"resident", "permute"} {
+				fmt.Fprintf(&b, " %s | %s | %s |", verdict(by[mode]), also(by[mode], "Vulkan"), also(by[mode], "shift"))
+			}
+			b.WriteByte('\n')
 		} else {
 			without = append(without, name)
 		}
 	}
 	for _, mode := range []string{"resident", "permute"} {
 		exact, refused := m.counts(mode)
-		fmt.Fprintf(&b, "\nMode `%s`: %d exact, %d refused, of %d architectures that the engine knows.\n", mode, exact, refused, len(m.names))
+		fmt.Fprintf(&b, "\nMode `%s`: %d exact, %d refused, of %d architectures that the engine knows and shapes of them.\n", mode, exact, refused, len(m.names))
 	}
 	if len(without) > 0 {
 		b.WriteString("\nNot run, because no tiny model could be made or the stock engine does not generate text with it:\n\n")

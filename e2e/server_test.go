@@ -52,22 +52,36 @@ func (b *buffer) String() string {
 // startStock starts llama-server as it is.
 func startStock(t *testing.T, model string, env []string, args ...string) *server {
 	t.Helper()
-	log := &buffer{}
-	socket := filepath.Join(shortDir(t), "stock.sock")
-	s, err := llamacpp.StartServer(llamacpp.ServerConfig{Program: engine("llama-server"), Model: model, Socket: socket,
-		Args: append([]string{"-t", "1"}, args...), Env: append(os.Environ(), env...), Output: log})
+	s, err := tryStock(t, model, env, args...)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("stock llama-server: %v", err)
+	}
+	return s
+}
+
+// tryStock starts the stock engine; what it cannot do by itself is an error.
+func tryStock(t *testing.T, model string, env []string, args ...string) (*server, error) {
+	t.Helper()
+	log := &buffer{}
+	s, err := llamacpp.StartServer(llamacpp.ServerConfig{Program: engine("llama-server"), Model: model, Socket: filepath.Join(shortDir(t), "stock.sock"),
+		Args: append([]string{"-t", "1"}, args...), Env: append(append(os.Environ(), "GGML_NO_BACKTRACE=1"), env...), Output: log})
+	if err != nil {
+		return nil, err
 	}
 	t.Cleanup(s.Stop)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if err := s.WaitHealthy(ctx); err != nil {
-		t.Fatalf("stock llama-server: %v\n%s", err, log)
+		return nil, fmt.Errorf("%w: %s", err, lastLine(log.String()))
 	}
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }}
 	t.Cleanup(transport.CloseIdleConnections)
-	return &server{url: "http://stock", client: &http.Client{Transport: transport}, log: log}
+	return &server{url: "http://stock", client: &http.Client{Transport: transport, Timeout: patience}, log: log}, nil
+}
+
+func lastLine(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return lines[len(lines)-1]
 }
 
 // shortDir is a temporary directory with a path short enough for a socket.
@@ -123,22 +137,29 @@ func startShielded(t *testing.T, o serveOptions) *server {
 
 func (s *server) waitReady(t *testing.T) {
 	t.Helper()
+	if err := s.tryReady(); err != nil {
+		t.Fatalf("%v\n%s", err, s.log)
+	}
+}
+
+// tryReady waits until the server serves, or says why it does not.
+func (s *server) tryReady() error {
 	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		resp, err := s.client.Get(s.url + "/health")
 		if err == nil {
 			resp.Body.Close()
 			if resp.StatusCode == http.StatusOK {
-				return
+				return nil
 			}
 		}
 		select {
 		case err := <-s.ended:
 			s.ended <- err
-			t.Fatalf("kvshield serve ended: %v\n%s", err, s.log)
+			return fmt.Errorf("kvshield serve ended: %w", err)
 		default:
 		}
 		if time.Now().After(end) {
-			t.Fatalf("not ready: %v\n%s", err, s.log)
+			return fmt.Errorf("not ready: %w", err)
 		}
 	}
 }
@@ -169,9 +190,10 @@ func freeAddress(t *testing.T) string {
 
 // completion is an answer of /completion.
 type completion struct {
-	Content string `json:"content"`
-	Tokens  []int  `json:"tokens"`
-	Timings struct {
+	Content   string `json:"content"`
+	Tokens    []int  `json:"tokens"`
+	Truncated bool   `json:"truncated"` // the context was shifted
+	Timings   struct {
 		CacheN  int `json:"cache_n"`
 		PromptN int `json:"prompt_n"`
 	} `json:"timings"`

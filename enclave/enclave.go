@@ -76,10 +76,13 @@ type LoadResult struct {
 	// tensor named Marker as they lie in the shielded model. It is as public as that model.
 	Fingerprint []byte
 	Marker      string
-	// Factors are frequency factors, one for each rotary pair, that the engine's graph must be given where the model has none of its
-	// own; empty when they are in the shielded model.
-	Factors []float32
-	Copies  []Copy
+	// Pairs says which rotary pair stands at each place of a query or key head: twice its number, plus one where its two rows are
+	// swapped. The engine's graphs must be given frequency factors that follow; empty when those are in the shielded model.
+	// Whoever sees either has the other.
+	Pairs []uint16
+	// FixedHeads says that heads stay in their places, so that a bias which differs from head to head (ALiBi) is right.
+	FixedHeads bool
+	Copies     []Copy
 	// OutputSizes are the sizes in bytes that the outputs have when the copies are done.
 	OutputSizes []int64
 }

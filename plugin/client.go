@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"strconv"
@@ -254,7 +255,7 @@ func (c *Client) Load(ctx context.Context, req enclave.LoadRequest) (enclave.Loa
 	if err != nil {
 		return enclave.LoadResult{}, fromStatus(err)
 	}
-	res := enclave.LoadResult{ID: enclave.ModelID(r.GetId()), Model: modelFromWire(r.GetModel()), Fingerprint: r.GetFingerprint(), Marker: r.GetMarker(), Factors: r.GetFactors()}
+	res := enclave.LoadResult{ID: enclave.ModelID(r.GetId()), Model: modelFromWire(r.GetModel()), Fingerprint: r.GetFingerprint(), Marker: r.GetMarker(), Pairs: narrow(r.GetPairs()), FixedHeads: r.GetFixedHeads()}
 	for _, x := range r.GetCopies() {
 		res.Copies = append(res.Copies, enclave.Copy{File: int(x.GetFile()), From: int64(x.GetFrom()), To: int64(x.GetTo()), Length: int64(x.GetLength())})
 	}
@@ -305,3 +306,11 @@ var (
 	_ enclave.Loader   = (*Client)(nil)
 	_ enclave.Attester = (*Client)(nil)
 )
+
+// narrow takes what does not fit for what no rotary pair is.
+func narrow(list []uint32) (out []uint16) {
+	for _, v := range list {
+		out = append(out, uint16(min(v, math.MaxUint16)))
+	}
+	return out
+}

@@ -73,7 +73,7 @@ func (s *server) Load(ctx context.Context, r *pb.LoadRequest) (*pb.LoadReply, er
 	if err != nil {
 		return nil, toStatus(err)
 	}
-	reply := &pb.LoadReply{Id: uint32(res.ID), Model: modelToWire(res.Model), Fingerprint: res.Fingerprint, Marker: res.Marker, Factors: res.Factors}
+	reply := &pb.LoadReply{Id: uint32(res.ID), Model: modelToWire(res.Model), Fingerprint: res.Fingerprint, Marker: res.Marker, Pairs: widen(res.Pairs), FixedHeads: res.FixedHeads}
 	for _, c := range res.Copies {
 		reply.Copies = append(reply.Copies, &pb.Copy{File: uint32(c.File), From: uint64(c.From), To: uint64(c.To), Length: uint64(c.Length)})
 	}
@@ -111,4 +111,11 @@ func (s *server) Detach(_ context.Context, r *pb.DetachRequest) (*pb.DetachReply
 
 func (s *server) Files(context.Context, *pb.FilesRequest) (*pb.FilesReply, error) {
 	return &pb.FilesReply{Address: s.files.address()}, nil
+}
+
+func widen(list []uint16) (out []uint32) {
+	for _, v := range list {
+		out = append(out, uint32(v))
+	}
+	return out
 }

@@ -113,7 +113,7 @@ func loadSet(ctx context.Context, c *plugin.Client, path modelPath, model *os.Fi
 	}
 	return &modelSet{id: res.ID, paths: paths, files: outputs, originals: originals, overlays: overlays, opened: session.Opened{Shield: true, Model: uint32(res.ID),
 		Layers: uint32(res.Layers), RowFloats: uint32(res.RowFloats),
-		RotaryDim: uint32(res.RotaryDim), RotaryBase: res.RotaryBase, Marker: res.Marker, Fingerprint: res.Fingerprint, Factors: res.Factors}}, nil
+		RotaryDim: uint32(res.RotaryDim), RotaryBase: res.RotaryBase, Marker: res.Marker, Fingerprint: res.Fingerprint, Pairs: res.Pairs, FixedHeads: res.FixedHeads}}, nil
 }
 
 // shield has the enclave write the shielded model to outputs and completes and seals them.

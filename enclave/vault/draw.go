@@ -2,7 +2,6 @@ package vault
 
 import (
 	"bytes"
-	"crypto/rand"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -26,7 +25,7 @@ type drawn struct {
 	permutation *shield.Permutation
 	marker      []byte
 	print       string
-	factors     []float32 // for the engine's graph; nil when they are the marker
+	pairs       []uint16 // for the engine's graphs; nil when the frequency factors are the marker
 }
 
 // draw makes a permutation whose fingerprint no other model has, and reserves that.
@@ -59,6 +58,7 @@ func drawOnce(random io.Reader, plan *shield.Plan, own []byte) (*drawn, error) {
 	}
 	d := &drawn{permutation: p}
 	if plan.InGraph {
+		d.pairs = p.Pairs()
 		err = d.markWith(random, own)
 	} else {
 		err = d.factorsInFile(own)
@@ -87,18 +87,13 @@ func (d *drawn) factorsInFile(own []byte) error {
 func (d *drawn) markWith(random io.Reader, norm []byte) error {
 	d.marker = bytes.Clone(norm)
 	bits := make([]byte, min(len(norm), maxPrint)/4)
-	if random == nil {
-		random = rand.Reader
-	}
 	if _, err := io.ReadFull(random, bits); err != nil {
 		return fmt.Errorf("no random bytes: %w", err)
 	}
 	for i, b := range bits {
 		d.marker[4*i] ^= b & 1
 	}
-	var err error
-	d.factors, err = d.permutation.Factors(nil)
-	return err
+	return nil
 }
 
 func readFactors(raw []byte) []float32 {

@@ -20,8 +20,8 @@ func TestMarkedNorm(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer d.permutation.Wipe()
-		if seen[d.print] || len(d.factors) != 4 {
-			t.Errorf("fingerprint %x, %d factors", d.print, len(d.factors))
+		if seen[d.print] || len(d.pairs) != 4 {
+			t.Errorf("fingerprint %x, %d pairs", d.print, len(d.pairs))
 		}
 		seen[d.print] = true
 		for i := range norm {

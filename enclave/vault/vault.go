@@ -2,6 +2,7 @@ package vault
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"io"
 	"maps"
@@ -37,6 +38,9 @@ var (
 // New returns an empty vault.
 func New(opts Options) *Vault {
 	v := &Vault{random: opts.Random, prints: map[string]bool{}}
+	if v.random == nil {
+		v.random = rand.Reader
+	}
 	v.models.Store(&map[enclave.ModelID]*model{})
 	return v
 }

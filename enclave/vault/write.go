@@ -10,7 +10,7 @@ import (
 
 // write fills the outputs and says what is left to copy.
 func write(ctx context.Context, plan *shield.Plan, d *drawn, in *sources, out outputs) (enclave.LoadResult, error) {
-	res := enclave.LoadResult{Model: plan.Model, Fingerprint: []byte(d.print), Marker: plan.Marker.Tensor.Name, Factors: d.factors}
+	res := enclave.LoadResult{Model: plan.Model, Fingerprint: []byte(d.print), Marker: plan.Marker.Tensor.Name, Pairs: d.pairs, FixedHeads: plan.Shape.FixedHeads}
 	files, marker, err := layOut(plan, in.files)
 	if err != nil {
 		return res, err

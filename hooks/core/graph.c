@@ -207,17 +207,15 @@ static void give_factors(struct sched_state *s, struct ggml_cgraph *graph, const
 {
     for (int i = 0, n = s->g->graph_n_nodes(graph); i < n; i++) {
         struct ggml_tensor *node = s->g->graph_node(graph, i);
-        if (strcmp(s->g->op_desc(node), "ROPE") != 0)
-            continue;
-        check_rope(s->g, node, info);
-        kvs_factors_give(s->g, node, info);
+        if (strcmp(s->g->op_desc(node), "ROPE") == 0)
+            kvs_factors_give(s->g, node, info);
     }
 }
 
 /* Whether the factors of a model go into its graphs; without a rotary embedding there are none. */
 static bool factors_in_graph(const struct kvs_opened *info)
 {
-    return info->factor_count > 0 || info->rotary_dim == 0;
+    return info->pair_count > 0 || info->rotary_dim == 0;
 }
 
 /* Fills s->targets; afterwards s->model is set or there is nothing to shield in this graph. */
@@ -250,7 +248,7 @@ static void scan(struct sched_state *s, struct ggml_cgraph *graph)
         kvs_die(f.marker_copied ? "the model's frequency factors lie on another device than its attention; "
                                   "put all layers on one device (-ngl 0 or -ngl 999)"
                                 : "a graph with attention belongs to no model that kvshield has shielded");
-    if (f.alibi)
+    if (f.alibi && !f.model->info.fixed_heads)
         kvs_die("this model's attention has a bias that differs from head to head (ALiBi), which mode permute does not support: "
                 "it moves heads; use --mode resident");
     s->model = s->last = f.model;

@@ -127,18 +127,6 @@ static inline int kvs_type(const struct kvs_ggml *g, const struct ggml_tensor *t
     return *(const int *)(const void *)((const char *)t + g->layout.type);
 }
 
-struct kvs_rope {
-    int32_t dims;
-    float base, ext_factor;
-};
-/* The parameters of a ROPE node: dims, mode, two lengths, base, scale, ext_factor, each of 4 bytes. */
-static inline struct kvs_rope kvs_rope_of(const struct kvs_ggml *g, const struct ggml_tensor *t)
-{
-    const char *base = (const char *)t + g->layout.rope_base;
-    return (struct kvs_rope){*(const int32_t *)(const void *)(base - 16), *(const float *)(const void *)base,
-                             *(const float *)(const void *)(base + 8)};
-}
-
 /* A node's parameter by its index, each of 4 bytes; those of ROPE tell where they begin. */
 static inline int32_t kvs_param(const struct kvs_ggml *g, const struct ggml_tensor *t, int i)
 {
@@ -150,6 +138,19 @@ static inline float kvs_paramf(const struct kvs_ggml *g, const struct ggml_tenso
     float f;
     memcpy(&f, &bits, sizeof f);
     return f;
+}
+
+/* How a ROPE node turns pairs of rows (ggml.h, ggml_rope_ext). */
+struct kvs_rope {
+    int32_t dims, mode, original; /* original: the length of the context before it was stretched */
+    float base, scale, ext_factor, attn_factor, beta_fast, beta_slow;
+};
+static inline struct kvs_rope kvs_rope_of(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    return (struct kvs_rope){.dims = kvs_param(g, t, 1), .mode = kvs_param(g, t, 2), .original = kvs_param(g, t, 4),
+                             .base = kvs_paramf(g, t, 5), .scale = kvs_paramf(g, t, 6), .ext_factor = kvs_paramf(g, t, 7),
+                             .attn_factor = kvs_paramf(g, t, 8), .beta_fast = kvs_paramf(g, t, 9),
+                             .beta_slow = kvs_paramf(g, t, 10)};
 }
 
 /* The tensor whose memory this one uses: its own, or that of what it is a view of. */
@@ -195,7 +196,13 @@ static inline struct ggml_backend_buffer *kvs_buffer(const struct kvs_ggml *g, c
     return *(struct ggml_backend_buffer *const *)(const void *)((const char *)t + g->backend->buffer);
 }
 
-/* factors.c: gives the model's frequency factors to a graph's rotary embeddings. */
+/*
+ * rotary.c: fills `out` with the frequency factors that take each pair's frequency along to its place. pairs[j] is twice the pair
+ * that stands at place j, plus 1 where it is swapped; own are the model's factors, or NULL. False when one is out of range.
+ */
+KVS_HIDDEN bool kvs_rotary_factors(const struct kvs_rope *r, const uint16_t *pairs, size_t n, const float *own, float *out);
+
+/* factors.c: gives a shielded model's frequency factors to a rotary embedding of its graph. */
 struct kvs_opened;
 KVS_HIDDEN void kvs_factors_give(struct kvs_ggml *g, struct ggml_tensor *rope, const struct kvs_opened *info);
 
@@ -206,7 +213,7 @@ KVS_HIDDEN void kvs_say(const char *format, ...) __attribute__((format(printf, 1
 /* session.c: the socket to the supervisor (KVSHIELD_SOCKET). Every call dies when it cannot be used. */
 #define KVS_MARKER_MAX 64
 #define KVS_FINGERPRINT_MAX 256
-#define KVS_FACTORS_MAX 128
+#define KVS_PAIRS_MAX 256
 struct kvs_welcome {
     uint32_t transport, capacity, spin_us, timeout_ms;
     int fd;
@@ -226,8 +233,9 @@ struct kvs_opened {
     char marker[KVS_MARKER_MAX];
     uint8_t fingerprint[KVS_FINGERPRINT_MAX];
     size_t fingerprint_len;
-    float factors[KVS_FACTORS_MAX]; /* for the graph's rotary embeddings */
-    size_t factor_count;            /* 0 when the model's file has them */
+    uint16_t pairs[KVS_PAIRS_MAX]; /* which rotary pair stands where: as kvs_rotary_factors takes them */
+    size_t pair_count;             /* 0 when the model's file has the factors */
+    bool fixed_heads;              /* a bias that differs from head to head is right */
     struct kvs_range *overlay; /* belongs to whoever holds this struct */
     size_t overlays;
     int fd;

@@ -95,7 +95,7 @@ static bool probe_rope(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_
     struct ggml_tensor *x = g->new_tensor_2d(ctx, KVS_GGML_TYPE_F32, 16, 3);
     struct ggml_tensor *positions = g->new_tensor_2d(ctx, KVS_GGML_TYPE_I32, 1, 1);
     struct ggml_tensor *r = x && positions ? g->rope_ext(ctx, x, positions, NULL, 8, 0, 64, base, 0.5f, ext_factor,
-                                                         1.0f, 32.0f, 1.0f)
+                                                         1.5f, 32.0f, 2.0f)
                                            : NULL;
     if (!r)
         return false;
@@ -104,7 +104,8 @@ static bool probe_rope(struct kvs_ggml *g, struct ggml_context *ctx, struct kvs_
             continue;
         l->rope_base = at;
         struct kvs_rope found = kvs_rope_of(g, r);
-        return found.dims == 8 && found.base == base && found.ext_factor == ext_factor;
+        return found.dims == 8 && found.original == 64 && found.base == base && found.scale == 0.5f &&
+               found.ext_factor == ext_factor && found.attn_factor == 1.5f && found.beta_fast == 32.0f && found.beta_slow == 2.0f;
     }
     return false;
 }

@@ -183,7 +183,7 @@ bool kvs_models_in_graph(void)
 {
     pthread_mutex_lock(&lock);
     struct kvs_model *m = models;
-    while (m && m->info.factor_count == 0)
+    while (m && m->info.pair_count == 0)
         m = m->next;
     pthread_mutex_unlock(&lock);
     return m != NULL;

@@ -16,13 +16,14 @@
 #include <unistd.h>
 
 #define MAGIC 0x5353564bu /* "KVSS" */
-#define VERSION 4
+#define VERSION 5
 #define MESSAGE_MAX 8192
 
 #define REFUSAL_MAX 512
 
 enum { HELLO = 1, WELCOME, OPEN, OPENED, REFUSED, FATAL, STOP, DUMP, DUMPED };
 enum { MAY_DUMP = 1, OBSERVE = 2, RESIDENT = 4, SCRUB = 8 }; /* flags of WELCOME */
+enum { FIXED_HEADS = 1 };                                      /* of OPENED */
 
 struct header {
     uint32_t magic;
@@ -303,16 +304,16 @@ void kvs_session_begin(const char *engine_version)
     pthread_mutex_unlock(&once);
 }
 
-/* OPENED: action, model, layers, floats per row, rotary dimensions and base, then marker, fingerprint, overlay and factors, each
- * with its length. */
+/* OPENED: action, model, layers, floats per row, rotary dimensions and base, four lengths and flags, then marker, fingerprint,
+ * overlay and rotary pairs. */
 static void decode_opened(const struct message *m, struct kvs_opened *out)
 {
-    size_t at = 10 * sizeof(uint32_t);
-    size_t marker = u32(m, 6), fingerprint = u32(m, 7), overlays = u32(m, 8), factors = u32(m, 9);
+    size_t at = 11 * sizeof(uint32_t);
+    size_t marker = u32(m, 6), fingerprint = u32(m, 7), overlays = u32(m, 8), pairs = u32(m, 9);
     uint32_t base = u32(m, 5);
     if (marker >= sizeof out->marker || fingerprint > sizeof out->fingerprint ||
-        overlays > MESSAGE_MAX / sizeof *out->overlay || factors > KVS_FACTORS_MAX ||
-        m->h.length != at + marker + fingerprint + overlays * sizeof *out->overlay + factors * sizeof *out->factors)
+        overlays > MESSAGE_MAX / sizeof *out->overlay || pairs > KVS_PAIRS_MAX ||
+        m->h.length != at + marker + fingerprint + overlays * sizeof *out->overlay + pairs * sizeof *out->pairs)
         kvs_die("the supervisor's answer for a model has impossible lengths");
     out->action = u32(m, 0);
     out->model = u32(m, 1);
@@ -324,8 +325,9 @@ static void decode_opened(const struct message *m, struct kvs_opened *out)
     memcpy(out->fingerprint, m->body + at + marker, fingerprint);
     out->fingerprint_len = fingerprint;
     out->overlays = overlays;
-    out->factor_count = factors;
-    memcpy(out->factors, m->body + at + marker + fingerprint + overlays * sizeof *out->overlay, factors * sizeof *out->factors);
+    out->pair_count = pairs;
+    out->fixed_heads = u32(m, 10) & FIXED_HEADS;
+    memcpy(out->pairs, m->body + at + marker + fingerprint + overlays * sizeof *out->overlay, pairs * sizeof *out->pairs);
     if (overlays > 0) {
         out->overlay = malloc(overlays * sizeof *out->overlay);
         if (!out->overlay)

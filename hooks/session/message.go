@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the session socket's messages.
-const Version = 4
+const Version = 5
 
 const (
 	magic      = 0x5353564b // "KVSS"
@@ -94,8 +94,9 @@ type Opened struct {
 	RotaryBase  float32 // and base of the frequencies
 	Marker      string  // name of the tensor that Fingerprint belongs to, at most 63 bytes
 	Overlay     []Range
-	Fingerprint []byte    // at most 256 bytes
-	Factors     []float32 // for the graph's rotary embeddings, at most 128; empty when the model's file has them
+	Fingerprint []byte   // at most 256 bytes
+	Pairs       []uint16 // enclave.LoadResult's, at most 256; empty when the model's file has the frequency factors
+	FixedHeads  bool     // a bias that differs from head to head is right
 }
 
 const (
@@ -105,7 +106,9 @@ const (
 	markerMax      = 63
 	fingerprintMax = 256
 	pathMax        = 4096
-	factorsMax     = 128 // with all ranges, a packet is full
+	pairsMax       = 256 // with all ranges, a packet is full
+
+	flagFixedHeads = 1 << 0
 )
 
 func encode(t Type, body []byte) []byte {
@@ -171,10 +174,13 @@ func decodeOpen(body []byte) (path string, err error) {
 }
 
 func (o Opened) encode() ([]byte, error) {
-	if len(o.Marker) > markerMax || len(o.Fingerprint) > fingerprintMax || len(o.Overlay) > OverlayMax || len(o.Factors) > factorsMax {
-		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d, %d ranges, %d factors: too long for the hook", len(o.Marker), len(o.Fingerprint), len(o.Overlay), len(o.Factors))
+	if len(o.Marker) > markerMax || len(o.Fingerprint) > fingerprintMax || len(o.Overlay) > OverlayMax || len(o.Pairs) > pairsMax {
+		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d, %d ranges, %d rotary pairs: too long for the hook", len(o.Marker), len(o.Fingerprint), len(o.Overlay), len(o.Pairs))
 	}
-	action := uint32(actionPass)
+	action, flags := uint32(actionPass), uint32(0)
+	if o.FixedHeads {
+		flags |= flagFixedHeads
+	}
 	switch {
 	case o.Shield:
 		action = actionShield
@@ -182,7 +188,7 @@ func (o Opened) encode() ([]byte, error) {
 		action = actionReside
 	}
 	var b []byte
-	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint)), uint32(len(o.Overlay)), uint32(len(o.Factors))} {
+	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint)), uint32(len(o.Overlay)), uint32(len(o.Pairs)), flags} {
 		b = binary.LittleEndian.AppendUint32(b, v)
 	}
 	b = append(append(b, o.Marker...), o.Fingerprint...)
@@ -191,8 +197,8 @@ func (o Opened) encode() ([]byte, error) {
 			b = binary.LittleEndian.AppendUint64(b, v)
 		}
 	}
-	for _, f := range o.Factors {
-		b = binary.LittleEndian.AppendUint32(b, math.Float32bits(f))
+	for _, p := range o.Pairs {
+		b = binary.LittleEndian.AppendUint16(b, p)
 	}
 	return encode(typeOpened, b), nil
 }

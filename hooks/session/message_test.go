@@ -24,8 +24,8 @@ func TestDecodeRefuses(t *testing.T) {
 		"nothing":         {nil, "0 bytes where the header has 16"},
 		"half a header":   {raw(typeHello, "")[:15], "15 bytes where the header has 16"},
 		"magic":           {spoiled(0, 'X'), "magic 0x53535658"},
-		"version":         {spoiled(4, 9), "version 9 where 4 is spoken; use a command and a libkvshield.so of the same version"},
-		"high version":    {spoiled(5, 1), "version 260 where 4 is spoken"},
+		"version":         {spoiled(4, 9), "version 9 where 5 is spoken; use a command and a libkvshield.so of the same version"},
+		"high version":    {spoiled(5, 1), "version 261 where 5 is spoken"},
 		"reserved":        {spoiled(15, 1), "reserved bytes are not zero"},
 		"length too much": {spoiled(8, 9), "length 9 with 8 bytes"},
 		"length too few":  {spoiled(8, 7), "length 7 with 8 bytes"},
@@ -69,7 +69,7 @@ func TestDecodeOpenBounds(t *testing.T) {
 // The bytes are what hooks/core/session.c reads: they may not change without the version.
 func TestAnswersByteForByte(t *testing.T) {
 	opened, err := Opened{Shield: true, Model: 7, Layers: 2, RowFloats: 64, RotaryDim: 16, RotaryBase: 10000, Marker: "m", Fingerprint: []byte{9, 8},
-		Overlay: []Range{{From: 1, To: 2, Length: 3}}, Factors: []float32{1, -2}}.encode()
+		Overlay: []Range{{From: 1, To: 2, Length: 3}}, Pairs: []uint16{3, 0}, FixedHeads: true}.encode()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,12 +82,12 @@ func TestAnswersByteForByte(t *testing.T) {
 		want string
 	}{
 		"welcome": {Welcome{SharedMemory, 4096, 50, 10_000, true, true, true, true}.encode(),
-			"KVSS\x04\x00\x02\x00\x14\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x00\x10\x00\x00\x32\x00\x00\x00\x10\x27\x00\x00\x0f\x00\x00\x00"},
-		"opened": {opened, "KVSS\x04\x00\x04\x00\x4b\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x07\x00\x00\x00\x02\x00\x00\x00\x40\x00\x00\x00" + "\x10\x00\x00\x00\x00\x40\x1c\x46\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00" + "m\x09\x08" +
+			"KVSS\x05\x00\x02\x00\x14\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x00\x10\x00\x00\x32\x00\x00\x00\x10\x27\x00\x00\x0f\x00\x00\x00"},
+		"opened": {opened, "KVSS\x05\x00\x04\x00\x4b\x00\x00\x00\x00\x00\x00\x00" + "\x01\x00\x00\x00\x07\x00\x00\x00\x02\x00\x00\x00\x40\x00\x00\x00" + "\x10\x00\x00\x00\x00\x40\x1c\x46\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00" + "m\x09\x08" +
 			"\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x00\x00\x00\x00" +
-			"\x00\x00\x80\x3f\x00\x00\x00\xc0"},
-		"passed": {passed, "KVSS\x04\x00\x04\x00\x28\x00\x00\x00\x00\x00\x00\x00" + "\x02\x00\x00\x00" + strings.Repeat("\x00", 36)},
-		"stop":   {text(typeStop, "go"), "KVSS\x04\x00\x07\x00\x02\x00\x00\x00\x00\x00\x00\x00go"},
+			"\x03\x00\x00\x00"},
+		"passed": {passed, "KVSS\x05\x00\x04\x00\x2c\x00\x00\x00\x00\x00\x00\x00" + "\x02\x00\x00\x00" + strings.Repeat("\x00", 40)},
+		"stop":   {text(typeStop, "go"), "KVSS\x05\x00\x07\x00\x02\x00\x00\x00\x00\x00\x00\x00go"},
 	} {
 		if got := string(test.got); got != test.want {
 			t.Errorf("%s:\n% x, want\n% x", name, got, test.want)

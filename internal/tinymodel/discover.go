@@ -24,7 +24,8 @@ var (
 // ErrNotMade means that no tiny model could be made of an architecture; the error says what the engine wants.
 var ErrNotMade = errors.New("no tiny model")
 
-// Discover finds a recipe by loading ever more complete files with the engine. dir is for scratch files.
+// Discover finds a recipe by loading ever more complete files with the engine. dir is for scratch files. With ErrNotMade comes
+// how far it got.
 func (e *Engine) Discover(dir string, start Recipe) (*Recipe, error) {
 	path := filepath.Join(dir, strings.ReplaceAll(start.Architecture, "/", "_")+".probe.gguf")
 	defer os.Remove(path)
@@ -38,7 +39,7 @@ func (e *Engine) Discover(dir string, start Recipe) (*Recipe, error) {
 			return d.r, err
 		}
 	}
-	return nil, fmt.Errorf("%w of %s: no end of what is missing", ErrNotMade, start.Architecture)
+	return d.r, fmt.Errorf("%w of %s: no end of what is missing", ErrNotMade, start.Architecture)
 }
 
 // try goes on until the model loads, the engine ends, or nothing helps.

@@ -3,6 +3,7 @@ package tinymodel
 import (
 	"fmt"
 	"regexp"
+	"strings"
 )
 
 // Shape of the tiny models, unless extras say otherwise.
@@ -143,12 +144,10 @@ var defaults = map[string]any{
 	"attention.indexer.local_blocks":         uint32(1),
 	"hrm.h_cycles":                           uint32(1),
 	"hrm.l_cycles":                           uint32(1),
-	"token_type_count":                       uint32(2),
 	"hyper_connection.count":                 uint32(4),
 	"kda.gate_lower_bound":                   float32(-5),
 	"attention.kv_lora_rank_swa":             uint32(64),
 	"swiglu_clamp_exp":                       float32(7),
-	"clef.decision.routing_block_count":      uint32(1),
 	"decision.routing_block_count":           uint32(1),
 	"adapters.count":                         uint32(1),
 	"attn_res.block_size":                    uint32(2),
@@ -208,7 +207,6 @@ var extras = map[string]extra{
 	"qwen2vl":      {perLayer: qkvBias},
 	"gemma":        kv("attention.key_length", uint32(256), "attention.value_length", uint32(256), headCountKV, uint32(1)),
 	"gemma2":       kv("attn_logit_softcapping", float32(2), "final_logit_softcapping", float32(30), "attention.key_length", uint32(48), "attention.value_length", uint32(48)),
-	"gemma3":       kv("block_count", uint32(7), "attention.sliding_window", uint32(window), "rope.freq_base", float32(1e6)),
 	"gemma3n":      kv("block_count", uint32(22), "attention.shared_kv_layers", uint32(2)),
 	"gptneox":      kv(headCountKV, uint32(heads), rotated, uint32(8)),
 	"gpt2":         kv(headCountKV, uint32(heads)),
@@ -228,7 +226,28 @@ var extras = map[string]extra{
 	"hunyuan_vl":   kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
 	"rwkv6qwen2":   kv("token_shift_count", uint32(1)),
 	"arwkv7":       kv("token_shift_count", uint32(1)),
-	"phi3":         {perLayer: map[string][]int64{"attn_qkv.weight": {width, width + 2*headsKV*32}}},
+	"gemma3":       kv("block_count", uint32(7), "attention.sliding_window", uint32(window), "rope.freq_base", float32(1e6)),
+	"phi3": {perLayer: map[string][]int64{"attn_qkv.weight": {width, width + 2*headsKV*32}},
+		global: map[string][]int64{"rope_factors_long.weight": {16}, "rope_factors_short.weight": {16}},
+		keys:   map[string]any{"rope.scaling.original_context_length": uint32(512)}},
+}
+
+// variants are other shapes of an architecture's model: what is behind the colon of a name such as "qwen3:head80".
+var variants = map[string]map[string]any{
+	"head64":  headsOf(64),
+	"head80":  headsOf(80),
+	"head96":  headsOf(96),
+	"head128": headsOf(128),
+	"head256": headsOf(256),
+	"mqa":     {headCountKV: uint32(1)},
+	"mha":     {headCountKV: uint32(heads)},
+	"yarn":    {"rope.scaling.type": "yarn", "rope.scaling.factor": float32(4), "rope.scaling.original_context_length": uint32(64)},
+	// wide has rows that K-quants can store.
+	"wide": {"embedding_length": uint32(256), "feed_forward_length": uint32(512), "attention.key_length": uint32(64), "attention.value_length": uint32(64)},
+}
+
+func headsOf(n uint32) map[string]any {
+	return map[string]any{"attention.key_length": n, "attention.value_length": n, "rope.dimension_count": n}
 }
 
 // latent is attention with keys and values compressed into one row (MLA).
@@ -247,8 +266,10 @@ func init() {
 	}
 }
 
-// Start is the beginning of a recipe: what every model has, and the extras of its architecture.
-func Start(architecture string) Recipe {
+// Start is the beginning of a recipe: what every model has, and the extras of its architecture. A name may have a variant behind a
+// colon; the recipe has no optional tensors then, whose shapes are those of the plain model.
+func Start(name string) Recipe {
+	architecture, variant, varied := strings.Cut(name, ":")
 	r := Recipe{Architecture: architecture, Keys: map[string]any{}}
 	r.set("context_length", uint32(2048))
 	r.set("embedding_length", uint32(width))
@@ -258,6 +279,12 @@ func Start(architecture string) Recipe {
 	x := extras[architecture]
 	for _, key := range sortedKeys(x.keys) {
 		r.set(key, x.keys[key])
+	}
+	for _, key := range sortedKeys(variants[variant]) {
+		r.set(key, variants[variant][key])
+	}
+	if varied {
+		return r
 	}
 	for _, name := range sortedKeys(x.global) {
 		r.Tensors = append(r.Tensors, Tensor{name, x.global[name]})

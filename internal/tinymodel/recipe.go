@@ -27,14 +27,12 @@ type Tensor struct {
 	Dims []int64
 }
 
-// Recipe is what an architecture's tiny model is made of.
+// Recipe is what an architecture's tiny model is made of. All is stored as F32.
 type Recipe struct {
 	Architecture string
 	Keys         map[string]any // without the architecture's name
 	Order        []string       // of Keys
 	Tensors      []Tensor
-	// Type is what matrices are stored as; F32 and F16 are possible.
-	Type gguf.Type
 }
 
 func (r *Recipe) set(key string, value any) {
@@ -60,15 +58,11 @@ func (r *Recipe) write(path string, filled bool) error {
 	}
 	words(&b)
 	for _, t := range r.Tensors {
-		kind := gguf.F32
-		if r.Type == gguf.F16 && len(t.Dims) == 2 && strings.HasSuffix(t.Name, ".weight") {
-			kind = gguf.F16
-		}
 		var data func(io.Writer) error
 		if filled {
-			data = numbers(t, kind)
+			data = numbers(t)
 		}
-		b.Tensor(t.Name, kind, t.Dims, data)
+		b.Tensor(t.Name, gguf.F32, t.Dims, data)
 	}
 	f, err := os.Create(path)
 	if err != nil {
@@ -117,7 +111,7 @@ func scale(t Tensor) (mean, deviation float64) {
 	return 0, 1 / math.Sqrt(float64(t.Dims[0]))
 }
 
-func numbers(t Tensor, kind gguf.Type) func(io.Writer) error {
+func numbers(t Tensor) func(io.Writer) error {
 	return func(w io.Writer) error {
 		h := fnv.New64a()
 		h.Write([]byte(t.Name))
@@ -133,25 +127,11 @@ func numbers(t Tensor, kind gguf.Type) func(io.Writer) error {
 			if strings.Contains(t.Name, "rope_f") {
 				x = float32(math.Abs(float64(x)) + 0.1)
 			}
-			if kind == gguf.F16 {
-				buf = binary.LittleEndian.AppendUint16(buf, half(x))
-			} else {
-				buf = binary.LittleEndian.AppendUint32(buf, math.Float32bits(x))
-			}
+			buf = binary.LittleEndian.AppendUint32(buf, math.Float32bits(x))
 		}
 		_, err := w.Write(buf)
 		return err
 	}
-}
-
-// half rounds to the F16 below in magnitude, which is good enough for random numbers; those too small for it become zero.
-func half(x float32) uint16 {
-	bits := math.Float32bits(x)
-	sign, exponent := uint16(bits>>16)&0x8000, int(bits>>23&0xff)-127+15
-	if exponent <= 0 {
-		return sign
-	}
-	return sign | uint16(exponent<<10) | uint16(bits>>13)&0x3ff
 }
 
 func sortedKeys[T any](m map[string]T) []string { return slices.Sorted(maps.Keys(m)) }

@@ -532,7 +532,8 @@ type LoadReply struct {
 	Marker        string                 `protobuf:"bytes,4,opt,name=marker,proto3" json:"marker,omitempty"`
 	Copies        []*Copy                `protobuf:"bytes,5,rep,name=copies,proto3" json:"copies,omitempty"`
 	OutputSizes   []uint64               `protobuf:"varint,6,rep,packed,name=output_sizes,json=outputSizes,proto3" json:"output_sizes,omitempty"`
-	Factors       []float32              `protobuf:"fixed32,7,rep,packed,name=factors,proto3" json:"factors,omitempty"`
+	Pairs         []uint32               `protobuf:"varint,7,rep,packed,name=pairs,proto3" json:"pairs,omitempty"`
+	FixedHeads    bool                   `protobuf:"varint,8,opt,name=fixed_heads,json=fixedHeads,proto3" json:"fixed_heads,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -609,11 +610,18 @@ func (x *LoadReply) GetOutputSizes() []uint64 {
 	return nil
 }
 
-func (x *LoadReply) GetFactors() []float32 {
+func (x *LoadReply) GetPairs() []uint32 {
 	if x != nil {
-		return x.Factors
+		return x.Pairs
 	}
 	return nil
+}
+
+func (x *LoadReply) GetFixedHeads() bool {
+	if x != nil {
+		return x.FixedHeads
+	}
+	return false
 }
 
 type UnloadRequest struct {
@@ -1144,15 +1152,17 @@ const file_enclave_proto_rawDesc = "" +
 	"\x04file\x18\x01 \x01(\rR\x04file\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\x04R\x04from\x12\x0e\n" +
 	"\x02to\x18\x03 \x01(\x04R\x02to\x12\x16\n" +
-	"\x06length\x18\x04 \x01(\x04R\x06length\"\xe7\x01\n" +
+	"\x06length\x18\x04 \x01(\x04R\x06length\"\x84\x02\n" +
 	"\tLoadReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12(\n" +
 	"\x05model\x18\x02 \x01(\v2\x12.kvshield.v1.ModelR\x05model\x12 \n" +
 	"\vfingerprint\x18\x03 \x01(\fR\vfingerprint\x12\x16\n" +
 	"\x06marker\x18\x04 \x01(\tR\x06marker\x12)\n" +
 	"\x06copies\x18\x05 \x03(\v2\x11.kvshield.v1.CopyR\x06copies\x12!\n" +
-	"\foutput_sizes\x18\x06 \x03(\x04R\voutputSizes\x12\x18\n" +
-	"\afactors\x18\a \x03(\x02R\afactors\"\x1f\n" +
+	"\foutput_sizes\x18\x06 \x03(\x04R\voutputSizes\x12\x14\n" +
+	"\x05pairs\x18\a \x03(\rR\x05pairs\x12\x1f\n" +
+	"\vfixed_heads\x18\b \x01(\bR\n" +
+	"fixedHeads\"\x1f\n" +
 	"\rUnloadRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\"\r\n" +
 	"\vUnloadReply\"\x99\x01\n" +

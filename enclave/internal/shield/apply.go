@@ -1,5 +1,7 @@
 package shield
 
+import "slices"
+
 // Head says what stands at a head of a tensor of the shielded model: head number from of the true
 // model, row rows[i] of it at row i. The table belongs to the permutation and must not be changed.
 func (p *Permutation) Head(r Role, layer, head int) (from int, rows []uint16) {
@@ -19,6 +21,9 @@ func (p *Permutation) Head(r Role, layer, head int) (from int, rows []uint16) {
 	}
 	return int(heads[head]), p.valueRows(layer, head)
 }
+
+// Pairs returns what stands at each rotary place: twice the number of a pair of the true model, plus one where it is swapped.
+func (p *Permutation) Pairs() []uint16 { return slices.Clone(p.pairs) }
 
 // Factors returns the frequency factors of the shielded model. own are the model's factors, one for
 // each rotary pair, or nil when it has none.

@@ -102,8 +102,8 @@ func (m *metadata) text(key, fallback string) string {
 }
 
 // shape reads the geometry of attention, with the defaults that engines have.
-func (m *metadata) shape(rope Rope) Shape {
-	s := Shape{Rope: rope, Layers: m.count("block_count", 0)}
+func (m *metadata) shape(arch architecture) Shape {
+	s := Shape{Rope: arch.rope, FixedHeads: arch.fixedHeads, Layers: m.count("block_count", 0)}
 	s.Heads = m.same("attention.head_count", 0)
 	s.HeadsKV = m.same("attention.head_count_kv", s.Heads)
 	derived := 0
@@ -112,10 +112,12 @@ func (m *metadata) shape(rope Rope) Shape {
 	}
 	s.KeyDim = m.count("attention.key_length", derived)
 	s.ValueDim = m.count("attention.value_length", derived)
-	if rope != RopeNone {
+	m.alike("attention.key_length_swa", s.KeyDim)
+	m.alike("attention.value_length_swa", s.ValueDim)
+	if s.Rope != RopeNone {
 		s.RotDim = m.count("rope.dimension_count", s.KeyDim)
+		m.alike("rope.dimension_count_swa", s.RotDim)
 		s.Base = float32(m.float("rope.freq_base", 10000))
-		m.checkScaling()
 	}
 	if m.err == nil {
 		m.fail(s.check())
@@ -123,17 +125,22 @@ func (m *metadata) shape(rope Rope) Shape {
 	return s
 }
 
-// checkScaling refuses what makes the angle of a pair depend on where in the head it stands, other
-// than through its frequency. Linear scaling is a factor on the position and harms nothing. So is
-// YaRN with a factor of one: it blends two equal angles.
-func (m *metadata) checkScaling() {
+// alike refuses a number for layers with a window that differs from the others'.
+func (m *metadata) alike(key string, want int) {
+	if n := m.count(key, want); n != want {
+		m.fail(enclave.Refuse("key %q is %d, other layers have %d: layers that differ are not supported by mode permute", m.prefix+key, n, want))
+	}
+}
+
+// oneRotation says whether all layers rotate alike, each pair by a frequency of its own. Linear scaling is a factor on the
+// position and harms nothing; so is YaRN with a factor of one: it blends two equal angles.
+func (m *metadata) oneRotation() bool {
 	kind := m.text("rope.scaling.type", "linear")
 	factor := m.float("rope.scaling.factor", m.float("rope.scale_linear", 0))
-	blends := m.float("rope.scaling.yarn_ext_factor", 0) > 0
+	yarn := kind == "yarn" || m.float("rope.scaling.yarn_ext_factor", 0) > 0
 	switch {
-	case kind != "none" && kind != "linear" && kind != "yarn":
-		m.fail(enclave.Refuse("rotary scaling %q is not supported by mode permute (supported: none, linear)", kind))
-	case (kind == "yarn" || blends) && factor != 0 && factor != 1:
-		m.fail(enclave.Refuse("rotary scaling \"yarn\" with factor %g is not supported by mode permute: it treats a rotary pair by its place in the head, and the places are permuted", factor))
+	case m.has("rope.freq_base_swa"), yarn && factor != 0 && factor != 1:
+		return false
 	}
+	return kind == "none" || kind == "linear" || kind == "yarn"
 }

@@ -55,7 +55,9 @@ func (p *Permutation) draw(root *keys.Root) error {
 		return err
 	}
 	for layer := range p.shape.Layers {
-		if err := shuffle(root, p.layerHeads(layer), "kvheads", "layer=%d", layer); err != nil {
+		if p.shape.FixedHeads {
+			identity(p.layerHeads(layer))
+		} else if err := shuffle(root, p.layerHeads(layer), "kvheads", "layer=%d", layer); err != nil {
 			return err
 		}
 		for h := range p.shape.HeadsKV {
@@ -114,11 +116,15 @@ func shuffle(root *keys.Root, table []uint16, what, where string, a ...any) erro
 		return err
 	}
 	defer s.Close()
+	identity(table)
+	s.Shuffle(table)
+	return nil
+}
+
+func identity(table []uint16) {
 	for i := range table {
 		table[i] = uint16(i)
 	}
-	s.Shuffle(table)
-	return nil
 }
 
 // info names a purpose for the key schedule, as in "kvshield/v1/permute/layer=3/kvhead=1/v".

@@ -3,6 +3,7 @@ package shield
 import (
 	"io"
 	"math"
+	"slices"
 
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/internal/gguf"
@@ -80,19 +81,28 @@ func (p *Plan) shield(files []File) error {
 		return err
 	}
 	m := metadata{file: files[0], prefix: name + "."}
-	for _, key := range arch.refusedKeys {
+	for _, key := range otherAttention {
 		if m.has(key) {
 			return enclave.Refuse("key %q: this kind of attention is not supported by mode permute", m.prefix+key)
 		}
 	}
-	if p.Shape = m.shape(arch.rope); m.err != nil {
+	if p.Shape = m.shape(arch); m.err != nil {
 		return m.err
+	}
+	if !m.oneRotation() || hasTensor(files, "rope_factors_long.weight") {
+		arch.factors = ""
 	}
 	if err := p.find(arch, files); err != nil {
 		return err
 	}
 	p.describe()
 	return nil
+}
+
+func hasTensor(files []File, name string) bool {
+	return slices.ContainsFunc(files, func(f File) bool {
+		return slices.ContainsFunc(f.Tensors, func(t gguf.Tensor) bool { return t.Name == name })
+	})
 }
 
 func (p *Plan) describe() {

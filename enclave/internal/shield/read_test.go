@@ -116,6 +116,41 @@ func TestReadSound(t *testing.T) {
 	}
 }
 
+// Where pairs do not all turn by one rule that the file can state, the frequency factors go into the graph.
+func TestWhereFactorsGo(t *testing.T) {
+	tests := map[string]struct {
+		change  func(d *draft)
+		inGraph bool
+	}{
+		"as it is":    {func(*draft) {}, false},
+		"own factors": {func(d *draft) { d.tensor("rope_freqs.weight", gguf.F32, 4) }, false},
+		"linear":      {func(d *draft) { d.keys["llama.rope.scaling.factor"] = float32(4) }, false},
+		"yarn by one": {func(d *draft) { d.keys["llama.rope.scaling.type"] = "yarn" }, false},
+		"yarn": {func(d *draft) {
+			d.keys["llama.rope.scaling.type"], d.keys["llama.rope.scaling.factor"] = "yarn", float32(4)
+		}, true},
+		"yarn by its other key": {func(d *draft) {
+			d.keys["llama.rope.scaling.yarn_ext_factor"], d.keys["llama.rope.scaling.factor"] = float32(1), float32(2)
+		}, true},
+		"long-rope":           {func(d *draft) { d.keys["llama.rope.scaling.type"] = "longrope" }, true},
+		"two sets of factors": {func(d *draft) { d.tensor("rope_factors_long.weight", gguf.F32, 4) }, true},
+		"two bases":           {func(d *draft) { d.keys["llama.rope.freq_base_swa"] = float32(100) }, true},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			d := llama()
+			tt.change(d)
+			p, err := Read([]File{d.build(t, "m.gguf")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p.InGraph != tt.inGraph || (p.Marker.Tensor.Name == "blk.0.attn_norm.weight") != tt.inGraph {
+				t.Errorf("in the graph: %v, marker %q", p.InGraph, p.Marker.Tensor.Name)
+			}
+		})
+	}
+}
+
 func TestReadRefused(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -133,7 +168,6 @@ func TestReadRefused(t *testing.T) {
 			d.tensor("enc.blk.0.attn_q.weight", gguf.F32, 32)
 			d.tensor("dec.blk.0.attn_q.weight", gguf.F32, 32)
 		}, "encoder-decoder"},
-		{"ALiBi", func(d *draft) { d.keys["general.architecture"] = "mpt" }, `architecture "mpt"`},
 		{"cross attention", func(d *draft) { d.tensor("dec.blk.0.cross_attn_q.weight", gguf.F32, 32) }, "cross_attn_q"},
 		{"odd layer number", func(d *draft) { d.tensor("blk.00.attn_q.weight", gguf.F32, 32, 32) }, "blk.00"},
 		{"beyond the layers", func(d *draft) { d.tensor("blk.2.attn_q.weight", gguf.F32, 32, 32) }, "beyond the model's 2 layers"},
@@ -141,14 +175,9 @@ func TestReadRefused(t *testing.T) {
 		{"latent attention", func(d *draft) { d.keys["llama.attention.kv_lora_rank"] = uint32(8) }, "kv_lora_rank"},
 		{"heads that differ", func(d *draft) { d.keys["llama.attention.head_count"] = []uint32{4, 2} }, "layer 1 has another attention.head_count"},
 		{"no key/value heads", func(d *draft) { d.keys["llama.attention.head_count_kv"] = uint32(0) }, "without key/value heads"},
-		{"yarn", func(d *draft) {
-			d.keys["llama.rope.scaling.type"], d.keys["llama.rope.scaling.factor"] = "yarn", float32(4)
-		}, "by its place in the head"},
-		{"yarn by its other key", func(d *draft) {
-			d.keys["llama.rope.scaling.yarn_ext_factor"], d.keys["llama.rope.scaling.factor"] = float32(1), float32(2)
-		}, "by its place in the head"},
-		{"longrope", func(d *draft) { d.keys["llama.rope.scaling.type"] = "longrope" }, `"longrope"`},
-		{"two sets of factors", func(d *draft) { d.tensor("rope_factors_long.weight", gguf.F32, 4) }, "rope_factors_long"},
+		{"heads of another size", func(d *draft) { d.keys["llama.attention.key_length_swa"] = uint32(4) }, "key_length_swa"},
+		{"another number of rotated rows", func(d *draft) { d.keys["llama.rope.dimension_count_swa"] = uint32(4) }, "dimension_count_swa"},
+		{"sections", func(d *draft) { d.keys["llama.rope.dimension_sections"] = []int32{1, 1, 2, 0} }, "dimension_sections"},
 		{"huge head", func(d *draft) { d.keys["llama.attention.value_length"] = uint32(1 << 20) }, "larger than mode permute supports"},
 		{"huge tables", func(d *draft) { d.keys["llama.block_count"] = uint32(1 << 30) }, "more than mode permute supports"},
 	}

@@ -22,6 +22,8 @@ type Shape struct {
 	RotDim   int // rows of a query or key head that are rotated; 0 without a rotary embedding
 	Rope     Rope
 	Base     float32 // of the rotary frequencies
+	// FixedHeads keeps heads in their places: where every head has a bias of its own (ALiBi).
+	FixedHeads bool
 }
 
 // RowFloats is the length of a row of a layer's attention output.

@@ -35,38 +35,38 @@ type architecture struct {
 	factors string
 	// sinks says that every query head may have an attention sink.
 	sinks bool
-	// refused lists keys, without the architecture's name, and tensors that stand for another kind
-	// of attention.
-	refusedKeys    []string
-	refusedTensors []string
+	// fixedHeads is for attention with a bias that differs from head to head (ALiBi).
+	fixedHeads bool
 }
 
-// otherAttention are keys of other kinds of attention than one that is the same in all layers.
+// otherAttention are keys, without the architecture's name, of other kinds of attention.
 var otherAttention = []string{
 	"attention.q_lora_rank", "attention.kv_lora_rank",
 	"attention.key_length_mla", "attention.value_length_mla",
-	"attention.key_length_swa", "attention.value_length_swa",
-	"rope.dimension_count_swa", "rope.freq_base_swa", "rope.dimension_sections",
+	"rope.dimension_sections",
 }
+
+// ownFactors are tensors with a model's own frequency factors.
+var ownFactors = []string{"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+
+// headNorms are norms that many architectures have for every head, or for all heads together.
+var headNorms = []string{"attn_q_norm", "attn_k_norm"}
 
 // likeLlama has separate queries, keys and values, and frequency factors of its own in a tensor that the engine looks for.
 func likeLlama(rope Rope, norms ...string) architecture {
 	return architecture{
-		rope:           rope,
-		weights:        map[string]Role{"attn_q": Query, "attn_k": Key, "attn_v": Value},
-		norms:          norms,
-		plain:          []string{"attn_norm", "attn_output", "ffn_", "post_attention_norm", "post_ffw_norm", "exp_probs_b"},
-		factors:        "rope_freqs.weight",
-		refusedKeys:    otherAttention,
-		refusedTensors: []string{"rope_factors_long.weight", "rope_factors_short.weight"},
+		rope:    rope,
+		weights: map[string]Role{"attn_q": Query, "attn_k": Key, "attn_v": Value},
+		norms:   norms,
+		plain:   []string{"attn_norm", "attn_norm_2", "attn_output", "attn_output_norm", "ffn_", "layer_output_norm", "post_attention_norm", "post_ffw_norm", "exp_probs_b"},
+		factors: "rope_freqs.weight",
 	}
 }
 
-// inGraph has no frequency factors of its own: the hook gives them to the graph.
+// inGraph has no place for frequency factors in its file: the hook gives them to the graph.
 func inGraph(rope Rope, norms ...string) architecture {
 	a := likeLlama(rope, norms...)
 	a.factors = ""
-	a.refusedTensors = append(a.refusedTensors, "rope_freqs.weight")
 	return a
 }
 
@@ -76,9 +76,14 @@ func withSinks(a architecture) architecture {
 	return a
 }
 
+// withALiBi gives every head a slope of its own: heads stay where they are.
+func withALiBi(a architecture) architecture {
+	a.fixedHeads = true
+	return a
+}
+
 // architectures that mode permute knows: a new one is an entry here. The layout of the rotary embedding is what the engine prints
-// as "rope type" when it loads a model (0: norm, 2: neox). Not possible with one permutation of heads: ALiBi (mpt, bloom), which
-// gives every head its own slope; the hook stops a graph that has it.
+// as "rope type" when it loads a model (0: norm, 2: neox). The hook stops a graph with ALiBi of an entry that is not withALiBi.
 var architectures = map[string]architecture{
 	"llama":          likeLlama(RopeNorm),
 	"llama4":         likeLlama(RopeNorm),
@@ -89,9 +94,9 @@ var architectures = map[string]architecture{
 	"arcee":          likeLlama(RopeNorm),
 	"nanbeige":       likeLlama(RopeNorm),
 	"exaone":         likeLlama(RopeNeox),
-	"exaone4":        likeLlama(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"exaone-moe":     likeLlama(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"apertus":        likeLlama(RopeNeox, "attn_q_norm", "attn_k_norm"),
+	"exaone4":        likeLlama(RopeNeox, headNorms...),
+	"exaone-moe":     likeLlama(RopeNeox, headNorms...),
+	"apertus":        likeLlama(RopeNeox, headNorms...),
 	"internlm2":      inGraph(RopeNorm),
 	"xverse":         inGraph(RopeNorm),
 	"command-r":      inGraph(RopeNorm),
@@ -129,23 +134,32 @@ var architectures = map[string]architecture{
 	"k2-horizon":     inGraph(RopeNeox),
 	"gpt2":           inGraph(RopeNone),
 	"starcoder":      inGraph(RopeNone),
-	"qwen3":          inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"qwen3moe":       inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"olmo2":          inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"olmoe":          inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"dots1":          inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"hunyuan-moe":    inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"hunyuan-dense":  inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"hy_v3":          inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"bailingmoe2":    inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"grovemoe":       inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"maple":          inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"mellum":         inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"minimax-m2":     inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"plamo3":         inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"openelm":        inGraph(RopeNeox, "attn_q_norm", "attn_k_norm"),
-	"maincoder":      inGraph(RopeNorm, "attn_q_norm", "attn_k_norm"),
+	"qwen3":          inGraph(RopeNeox, headNorms...),
+	"qwen3moe":       inGraph(RopeNeox, headNorms...),
+	"olmo2":          inGraph(RopeNeox, headNorms...),
+	"olmoe":          inGraph(RopeNeox, headNorms...),
+	"dots1":          inGraph(RopeNeox, headNorms...),
+	"hunyuan-moe":    inGraph(RopeNeox, headNorms...),
+	"hunyuan-dense":  inGraph(RopeNeox, headNorms...),
+	"hy_v3":          inGraph(RopeNeox, headNorms...),
+	"bailingmoe2":    inGraph(RopeNeox, headNorms...),
+	"grovemoe":       inGraph(RopeNeox, headNorms...),
+	"maple":          inGraph(RopeNeox, headNorms...),
+	"mellum":         inGraph(RopeNeox, headNorms...),
+	"minimax-m2":     inGraph(RopeNeox, headNorms...),
+	"plamo3":         inGraph(RopeNeox, headNorms...),
+	"openelm":        inGraph(RopeNeox, headNorms...),
+	"maincoder":      inGraph(RopeNorm, headNorms...),
 	"gpt-oss":        withSinks(inGraph(RopeNeox)),
+	"gemma3":         inGraph(RopeNeox, headNorms...),
+	"dbrx":           inGraph(RopeNeox),
+	"grok":           inGraph(RopeNeox),
+	"granite_swa":    withSinks(inGraph(RopeNorm)),
+	"baichuan":       withALiBi(inGraph(RopeNorm)),
+	"mpt":            withALiBi(inGraph(RopeNone, headNorms...)),
+	"bloom":          withALiBi(inGraph(RopeNone)),
+	"refact":         withALiBi(inGraph(RopeNone)),
+	"jais":           withALiBi(inGraph(RopeNone)),
 }
 
 func lookUp(name string) (architecture, error) {

@@ -51,10 +51,12 @@ func (f *finder) tensor(file int, t gguf.Tensor) error {
 		return enclave.Refuse("tensor %q lies beyond the model's %d layers, which mode permute does not support", t.Name, f.shape.Layers)
 	case inLayer:
 		return f.layerTensor(file, layer, rest, t)
-	case t.Name == f.arch.factors && f.arch.factors != "":
+	case t.Name == f.arch.factors:
 		f.marker = &Marker{file, t}
 		return f.checkMarker(t)
-	case slices.Contains(f.arch.refusedTensors, t.Name), strings.Contains(t.Name, "attn"), strings.Contains(t.Name, "blk."):
+	case slices.Contains(ownFactors, t.Name):
+		return nil // the hook takes them along with the graph's
+	case strings.Contains(t.Name, "attn"), strings.Contains(t.Name, "blk."):
 		return enclave.Refuse("tensor %q is not supported by mode permute for this architecture", t.Name)
 	}
 	return nil
