@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/kvshield/kvshield/audit"
+	"github.com/kvshield/kvshield/internal/tinymodel"
 )
 
 // auditRun runs kvshield audit and returns its report and exit code. The engines get one thread, like those of the other tests: two that
@@ -41,6 +42,12 @@ type bounds struct{ stock, permute, atMost float64 }
 
 func checkAudit(t *testing.T, r *audit.Report, want map[string]bounds, sources ...audit.Source) {
 	t.Helper()
+	checkAuditWithin(t, 0.02, r, want, sources...)
+}
+
+// checkAuditWithin takes how much more than chance a control may read.
+func checkAuditWithin(t *testing.T, slack float64, r *audit.Report, want map[string]bounds, sources ...audit.Source) {
+	t.Helper()
 	if r.Schema != audit.Schema || len(r.Runs) != 3 || r.Runs[0].Mode != "off" || r.Runs[1].Mode != "permute" || r.Runs[2].Mode != "resident" {
 		t.Fatalf("schema %q, %d runs", r.Schema, len(r.Runs))
 	}
@@ -59,13 +66,13 @@ func checkAudit(t *testing.T, r *audit.Report, want map[string]bounds, sources .
 					t.Errorf("%s: %s on the %s was not run", run.Mode, attack, source)
 					continue
 				}
-				checkResult(t, run, &run.Results[at], b)
+				checkResult(t, slack, run, &run.Results[at], b)
 			}
 		}
 	}
 }
 
-func checkResult(t *testing.T, run *audit.Run, res *audit.Result, b bounds) {
+func checkResult(t *testing.T, slack float64, run *audit.Run, res *audit.Result, b bounds) {
 	t.Helper()
 	least, atMost := b.stock, 1.0
 	switch run.Mode {
@@ -78,8 +85,10 @@ func checkResult(t *testing.T, run *audit.Run, res *audit.Result, b bounds) {
 		t.Errorf("%s: %s on the %s recovers %.4f, want %v to %v; %s", run.Mode, res.Attack, res.Source, res.Rate, least, atMost, res.Skipped)
 	}
 	for name, control := range map[string]*float64{"random numbers": res.Random, "another conversation": res.Other} {
-		if control == nil || *control > run.Chance+0.02 {
-			t.Errorf("%s: %s reads %v from %s, chance is %.4f", run.Mode, res.Attack, control, name, run.Chance)
+		if control == nil {
+			t.Errorf("%s: %s was not run on %s", run.Mode, res.Attack, name)
+		} else if *control > run.Chance+slack {
+			t.Errorf("%s: %s reads %.3f from %s, chance is %.4f", run.Mode, res.Attack, *control, name, run.Chance)
 		}
 	}
 }
@@ -95,7 +104,11 @@ func checkNothing(t *testing.T, run *audit.Run) {
 			t.Errorf("%s: %s on the %s recovers %.4f, chance is %.4f", run.Mode, res.Attack, res.Source, res.Rate, run.Chance)
 		}
 	}
-	for _, want := range []string{"the slot file is sealed by the enclave", "bytes of zeros"} {
+	says := []string{"bytes of zeros"}
+	if slices.ContainsFunc(run.Results, func(r audit.Result) bool { return r.Source == audit.SlotFile }) {
+		says = append(says, "the slot file is sealed by the enclave")
+	}
+	for _, want := range says {
 		if !slices.ContainsFunc(run.Clear, func(s string) bool { return strings.Contains(s, want) }) {
 			t.Errorf("%s: nobody says %q: %q", run.Mode, want, run.Clear)
 		}
@@ -201,6 +214,50 @@ func TestAuditOfAnotherShape(t *testing.T) {
 	checkAudit(t, r, expected, audit.SlotFile, audit.LiveCache)
 	if m := r.Model; m.HeadDim != 48 || m.HeadsKV != 4 || m.Vocabulary != 2000 {
 		t.Errorf("%+v", m)
+	}
+}
+
+// One model of each family: what holds and what falls does not depend on where an architecture puts its rows and frequencies.
+func TestAuditOfEachFamily(t *testing.T) {
+	e, err := tinymodel.Open(t.TempDir(), filepath.Join(root, ".engine"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	some := map[string]bounds{}
+	for _, key := range []string{"naive-values", "naive-keys", "sorted-values", "head-norms", "gram-matrix", "weight-matching", "known-prefix-64"} {
+		some[key] = expected[key]
+	}
+	some["naive-keys"] = bounds{0.99, 0, 0.05} // some hundred bytes of 1,024 tokens, and two heads
+	// Embeddings of positions are added to tokens: the attacks know them at one position only, and find fewer tokens.
+	learned := map[string]bounds{"naive-values": {0.2, 0, 0.01}, "naive-keys": {0.2, 0, 0.01}, "weight-matching": {0.2, 0.2, 1}, "known-prefix-64": {0.2, 0.2, 1}}
+	both := []audit.Source{audit.SlotFile, audit.LiveCache}
+	for name, test := range map[string]struct {
+		model   string
+		want    map[string]bounds
+		sources []audit.Source
+	}{
+		"plain RoPE": {"llama", some, both}, "neox RoPE": {"qwen3", some, both}, "fused QKV": {"gptneox", some, both},
+		"no RoPE": {"gpt2", learned, both}, "experts": {"qwen3moe", some, both},
+		"sliding window": {"gemma2", some, both[1:]}, "two rotary bases": {"gemma3", some, both[1:]},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			recipe, err := e.Discover(dir, tinymodel.Start(test.model))
+			if err != nil {
+				t.Fatal(err)
+			}
+			model := filepath.Join(dir, "m.gguf")
+			if err := recipe.Write(model); err != nil {
+				t.Fatal(err)
+			}
+			r, _ := auditRun(t, nil, "-m", model, "--attack", keys(test.want))
+			// Two texts in single bytes have more tokens at the same places than chance has.
+			checkAuditWithin(t, 0.1, r, test.want, test.sources...)
+			for i := range r.Runs {
+				share, attack := r.Runs[i].Worst()
+				t.Logf("RESULT %s, mode %s: %s recovers %.3f", test.model, r.Runs[i].Mode, attack, share)
+			}
+		})
 	}
 }
 

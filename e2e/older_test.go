@@ -26,7 +26,8 @@ func TestOlderEngine(t *testing.T) {
 			if err := r.Write(model); err != nil {
 				t.Fatal(err)
 			}
-			script := []string{filepath.Join(root, ".engine", "node", "complete.mjs"), model, archPrompts[1], "48"}
+			library := filepath.Join(root, ".engine", "node", "node_modules", "node-llama-cpp", "dist", "index.js")
+			script := append([]string{filepath.Join("e2e", "testdata", "older.mjs"), library, model, "64"}, archPrompts...)
 			want, errs, err := run(t, nil, "node", script...)
 			if err != nil {
 				t.Logf("RESULT %s: stock fails: %v %s", name, err, lastLine(errs))

@@ -67,8 +67,8 @@ type Attention struct {
 // ggml's ROPE, and so is what they do (ggml/src/ggml-cpu/ops.cpp).
 type Rotation struct {
 	First                                                  int     // the first cell, stream*Cells + place
-	Shift                                                  []int32 // one for each cell from First; 0 leaves it as it is
-	Dims                                                   int     // rows of a head that are turned
+	Shift                                                  []int32 // one for each cell from First
+	From, Dims                                             int     // the rows of a head that are turned: Dims from From on
 	Mode                                                   int32   // ggml's: bit 1 is neox; others are refused
 	ContextOrig                                            int32
 	Base, Scale, ExtFactor, AttnFactor, BetaFast, BetaSlow float32

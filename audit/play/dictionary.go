@@ -38,14 +38,14 @@ func oneLayer(path string) (*os.File, error) {
 		return nil, fmt.Errorf("cannot make a memory file for the model's first layer: %w", err)
 	}
 	out := os.NewFile(uintptr(fd), "first layer")
-	if err := writeOneLayer(out, src, f, arch+".block_count"); err != nil {
+	if err := writeOneLayer(out, src, f, arch); err != nil {
 		out.Close()
 		return nil, fmt.Errorf("cannot copy the model's first layer: %w", err)
 	}
 	return out, nil
 }
 
-func writeOneLayer(out *os.File, src io.ReaderAt, f *gguf.File, blocks string) error {
+func writeOneLayer(out *os.File, src io.ReaderAt, f *gguf.File, arch string) error {
 	var from, to []gguf.Tensor
 	for _, t := range f.Tensors {
 		if strings.HasPrefix(t.Name, "blk.") && !strings.HasPrefix(t.Name, "blk.0.") {
@@ -57,7 +57,11 @@ func writeOneLayer(out *os.File, src io.ReaderAt, f *gguf.File, blocks string) e
 	if _, err := gguf.Place(to, f.Alignment); err != nil {
 		return err
 	}
-	start, err := gguf.WriteHeader(out, src, f, to, map[string]uint64{blocks: 1})
+	patch := map[string]uint64{arch + ".block_count": 1}
+	if _, stated, _ := f.Uint(arch + windowKey); stated {
+		patch[arch+windowKey] = dictionaryChunk // what is cached does not depend on it, but how long it is kept does
+	}
+	start, err := gguf.WriteHeader(out, src, f, to, patch)
 	if err != nil {
 		return err
 	}
@@ -88,14 +92,14 @@ func (p *player) dictionary(ctx context.Context) (*audit.Public, error) {
 	size := fmt.Sprint(dictionaryChunk)
 	c, err := launch(ctx, llamacpp.ServerConfig{
 		Program: p.Server, Model: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), model.Fd()), Env: os.Environ(),
-		Args: []string{"-c", fmt.Sprint(dictionaryChunk + 64), "-b", size, "-ub", size, "-fa", "on"},
+		Args: append([]string{"-c", fmt.Sprint(dictionaryChunk + 64), "-b", size, "-ub", size, "-fa", "on"}, p.allOfIt()...),
 	}, dir)
 	if err != nil {
 		return nil, fmt.Errorf("the engine does not run the model's first layer alone: %w", err)
 	}
 	defer c.close()
 	public := &audit.Public{HeadsKV: p.shape.HeadsKV}
-	shape := slotfile.Shape{Layers: 1, HeadsKV: p.shape.HeadsKV}
+	shape := slotfile.Shape{Layers: 1, HeadsKV: p.shape.HeadsKV, Sliding: p.shape.Sliding}
 	if public.Rotary, err = c.rotary(ctx, shape, p.vocabulary); err != nil {
 		return nil, err
 	}

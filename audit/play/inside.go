@@ -30,15 +30,16 @@ func (p *player) inside(ctx context.Context, c *client, shield Shield, f *slotfi
 		unrotate(l.K, f.RotatedK)
 		unrotate(l.V, f.RotatedV)
 	}
-	e.snapshots = append(e.snapshots, s.First(min(s.Tokens(), len(e.truth))))
+	s = s.First(min(s.Tokens(), len(e.truth)))
+	if p.shape.Sliding == nil {
+		e.snapshots = append(e.snapshots, s)
+	} else {
+		e.snapshots = []*audit.Snapshot{s}
+	}
 	if bytes, zero := d.Zero(); zero {
 		e.clear = append(e.clear, fmt.Sprintf("the live cache is %d bytes of zeros: the attacks were run on zeros", bytes))
 	}
-	for _, w := range d.Weights {
-		if size := len(w.Data) / max(int(w.Dims[1]), 1); w.Name == valueWeights && size > 0 {
-			e.weights = slices.Collect(slices.Chunk(w.Data, size))
-		}
-	}
+	e.weights = dumpedWeights(d, p.shape)
 	after, err := p.afterPrompt(ctx, c, shield, e)
 	if err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -153,7 +154,7 @@ func (p *player) look() error {
 	if dim == 0 {
 		dim = width / heads
 	}
-	p.shape, p.vocabulary = slotfile.Shape{Layers: layers, HeadsKV: headsKV, HeadDim: dim}, int(embd.Rows())
+	p.shape, p.vocabulary = slotfile.Shape{Layers: layers, HeadsKV: headsKV, HeadDim: dim, Sliding: sliding(r, f, arch, layers)}, int(embd.Rows())
 	p.info = audit.Model{Name: name, Architecture: arch, Layers: layers, HeadsKV: headsKV, HeadDim: dim, Vocabulary: p.vocabulary}
 	p.context = contextMax
 	if trained := uint("context_length"); trained > 0 {
@@ -165,7 +166,7 @@ func (p *player) look() error {
 // all takes the snapshots of all modes before it attacks any: no engine but the attackers' own runs meanwhile.
 func (p *player) all(ctx context.Context, r *audit.Report) error {
 	var err error
-	if p.publicRows, err = publicWeights(p.Model); err != nil {
+	if p.publicRows, err = publicWeights(p.Model, p.shape); err != nil {
 		return err
 	}
 	done := p.Progress(fmt.Sprintf("computing layer 0 of the public model for %d tokens", p.vocabulary))
@@ -237,8 +238,17 @@ func (p *player) own(ctx context.Context) (*ownEngine, func(), error) {
 }
 
 func (p *player) config(env []string) llamacpp.ServerConfig {
-	args := append([]string{"-c", fmt.Sprint(p.context), "-fa", "on", "-ctk", p.CacheType, "-ctv", p.CacheType}, p.Args...)
-	return llamacpp.ServerConfig{Program: p.Server, Model: p.Model, Args: args, Env: env}
+	args := []string{"-c", fmt.Sprint(p.context), "-fa", "on", "-ctk", p.CacheType, "-ctv", p.CacheType}
+	return llamacpp.ServerConfig{Program: p.Server, Model: p.Model, Args: slices.Concat(args, p.allOfIt(), p.Args), Env: env}
+}
+
+// allOfIt has layers with a sliding window keep the whole conversation, so that one snapshot has it all.
+func (p *player) allOfIt() []string {
+	if p.shape.Sliding == nil {
+		return nil
+	}
+	p.note("layers with a sliding window were made to keep the whole conversation (--swa-full), of which they would forget the beginning")
+	return []string{"--swa-full"}
 }
 
 const tmpfs = 0x01021994

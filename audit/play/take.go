@@ -67,7 +67,7 @@ func (p *player) snap(ctx context.Context, c *client, shield Shield, e *evidence
 	if err != nil {
 		return err
 	}
-	control, err := c.slot(ctx, p.shape, len(before))
+	control, err := p.saved(ctx, c, shield, before)
 	if err != nil {
 		return err
 	}
@@ -82,7 +82,7 @@ func (p *player) snap(ctx context.Context, c *client, shield Shield, e *evidence
 	if cut {
 		e.notes = append(e.notes, fmt.Sprintf("the conversation is longer than the context of %d tokens and was cut", p.context))
 	}
-	f, err := c.slot(ctx, p.shape, len(said))
+	f, err := p.saved(ctx, c, shield, said)
 	if err != nil {
 		return err
 	}
@@ -91,8 +91,28 @@ func (p *player) snap(ctx context.Context, c *client, shield Shield, e *evidence
 	if e.pieces, err = c.pieces(ctx, e.truth); err != nil {
 		return err
 	}
-	e.clear = append(e.clear, inClear(f, e.truth))
+	if p.shape.Sliding == nil {
+		e.clear = append(e.clear, inClear(f, e.truth))
+	}
 	return p.inside(ctx, c, shield, f, e)
+}
+
+// saved is the slot file of a conversation. That of a model with sliding windows has no more than the window of some layers: then the
+// live cache stands for it.
+func (p *player) saved(ctx context.Context, c *client, shield Shield, said []int32) (*slotfile.File, error) {
+	if p.shape.Sliding == nil {
+		return c.slot(ctx, p.shape, len(said))
+	}
+	p.note("slot files were not attacked: of layers with a sliding window they hold the window only")
+	d, err := dump(ctx, c, shield, said)
+	if err != nil {
+		return nil, err
+	}
+	s, err := d.Snapshot(p.shape.Layers, p.shape.HeadsKV)
+	if err != nil {
+		return nil, err
+	}
+	return &slotfile.File{Snapshot: s.First(min(s.Tokens(), len(said)))}, nil
 }
 
 // inClear says which tokens the slot file carries beside the cache.

@@ -57,6 +57,25 @@ const (
 type Shape struct {
 	Layers, HeadsKV int
 	HeadDim         int // used for a sealed file only, whose rows are unknown
+	// Sliding says which layers have a window, and so a cache of their own behind the others'; nil when none has. The engine must
+	// have kept all tokens in it (llama-server --swa-full).
+	Sliding []bool
+}
+
+// caches lists the layers of each cache, in the order of the file.
+func (s Shape) caches() [][]int {
+	var full, sliding []int
+	for i := range s.Layers {
+		if i < len(s.Sliding) && s.Sliding[i] {
+			sliding = append(sliding, i)
+		} else {
+			full = append(full, i)
+		}
+	}
+	if s.Sliding == nil {
+		return [][]int{full}
+	}
+	return [][]int{full, sliding}
 }
 
 // File is what a slot file holds.
@@ -124,9 +143,14 @@ func Parse(b []byte, shape Shape) (*File, error) {
 	}
 	r := &reader{b: b, at: 8}
 	f := &File{Tokens: r.tokens()}
-	r.streams(f, shape)
+	if shape.Layers < 1 {
+		r.fail(ErrUnsupported, "a model of %d layers", shape.Layers)
+	}
+	for _, layers := range shape.caches() {
+		r.merge(f, layers, shape.Layers, r.streams(f, shape, layers))
+	}
 	if r.err == nil && r.at != len(b) {
-		r.fail(ErrUnsupported, "%d bytes follow the cache of %d layers; models with a second cache (sliding windows) are not understood", len(b)-r.at, shape.Layers)
+		r.fail(ErrUnsupported, "%d bytes follow the caches of %d layers; name the right model", len(b)-r.at, shape.Layers)
 	}
 	if r.err == nil && f.Snapshot == nil {
 		r.fail(ErrEmpty, "no stream has a cell; ask for a completion before saving the slot")
@@ -200,21 +224,44 @@ func (r *reader) tokens() []int32 {
 	return nil
 }
 
-// streams reads all streams, of which one may hold cells.
-func (r *reader) streams(f *File, shape Shape) {
+// merge puts a cache's layers where they belong among all.
+func (r *reader) merge(f *File, layers []int, all int, s *audit.Snapshot) {
+	if r.err != nil || s == nil {
+		return
+	}
+	if f.Snapshot == nil {
+		whole := *s
+		whole.Layers = make([]audit.Layer, all)
+		f.Snapshot = &whole
+	}
+	if len(f.Snapshot.Positions) != len(s.Positions) {
+		r.fail(ErrUnsupported, "layers with a window hold %d tokens, others %d; run the engine with --swa-full", len(s.Positions), len(f.Snapshot.Positions))
+		return
+	}
+	if len(layers) > 0 {
+		f.Snapshot.Positions, f.Snapshot.Type = s.Positions, s.Type // sorted, as the rows are
+	}
+	for i, l := range layers {
+		f.Snapshot.Layers[l] = s.Layers[i]
+	}
+}
+
+// streams reads all streams of one cache, of which one may hold cells.
+func (r *reader) streams(f *File, shape Shape, layers []int) (s *audit.Snapshot) {
 	n := r.u32()
 	if r.err == nil && (n < 1 || n > maxSeqs) {
 		r.fail(ErrMalformed, "%d streams", n)
 	}
-	for s := uint32(0); s < n && r.err == nil; s++ {
+	for i := uint32(0); i < n && r.err == nil; i++ {
 		switch cells := r.u32(); {
 		case cells == 0:
-		case f.Snapshot != nil:
+		case s != nil:
 			r.fail(ErrUnsupported, "a second stream with cells; save one slot")
 		default:
-			f.Snapshot = r.state(f, shape, r.cells(cells))
+			s = r.state(f, shape.HeadsKV, len(layers), r.cells(cells))
 		}
 	}
+	return s
 }
 
 // cells reads the positions of n cells, in the order of the cells.
@@ -242,7 +289,7 @@ func (r *reader) cells(n uint32) []int32 {
 }
 
 // state reads what a stream's cells hold, and sorts it by position.
-func (r *reader) state(f *File, shape Shape, positions []int32) *audit.Snapshot {
+func (r *reader) state(f *File, headsKV, want int, positions []int32) *audit.Snapshot {
 	transposed, layers := r.u32(), r.u32()
 	rotatedK, rotatedV := r.u32(), r.u32()
 	switch {
@@ -250,13 +297,13 @@ func (r *reader) state(f *File, shape Shape, positions []int32) *audit.Snapshot 
 		return nil
 	case transposed > 1:
 		r.fail(ErrMalformed, "the flag for transposed values is %d", transposed)
-	case shape.Layers < 1 || int64(layers) != int64(shape.Layers) || shape.HeadsKV < 1:
-		r.fail(ErrUnsupported, "a cache of %d layers where the model has %d of %d heads; name the right model: one with sliding windows or recurrent layers is not understood",
-			layers, shape.Layers, shape.HeadsKV)
+	case int64(layers) != int64(want) || headsKV < 1:
+		r.fail(ErrUnsupported, "a cache of %d layers where the model has %d of %d heads; name the right model: one with recurrent layers or windows of its own kind is not understood",
+			layers, want, headsKV)
 	}
 	f.RotatedK, f.RotatedV = int(rotatedK), int(rotatedV)
-	s := &audit.Snapshot{Source: audit.SlotFile, HeadsKV: shape.HeadsKV, Positions: positions}
-	for range shape.Layers {
+	s := &audit.Snapshot{Source: audit.SlotFile, HeadsKV: headsKV, Positions: positions}
+	for range want {
 		if r.err != nil {
 			return nil
 		}
@@ -276,6 +323,9 @@ func (r *reader) state(f *File, shape Shape, positions []int32) *audit.Snapshot 
 	}
 	if r.err != nil {
 		return nil
+	}
+	if want == 0 {
+		return s // a cache of layers that the model does not have
 	}
 	err := s.Check()
 	if err == nil {

@@ -6,7 +6,7 @@ import "math"
 // (ggml/src/ggml-cpu/ops.cpp), so that the engine's results come out to the bit in F16. Products are fused with sums where its
 // builds for processors with FMA do so, and rounded on their own elsewhere: without float32(…) a compiler has the choice.
 type rope struct {
-	dims           int
+	from, dims     int
 	neox           bool
 	scale, step    float32 // of the position; from one pair's angle to the next
 	ext, magnitude float32
@@ -66,8 +66,12 @@ func (r *rope) prepare(shift int32) bool {
 	return fine
 }
 
+// keepsLength says that a turn by no angle changes nothing. With YaRN it scales.
+func (r *rope) keepsLength() bool { return r.ext == 0 && r.magnitude == 1 }
+
 // turn rotates one head's key by the prepared angles.
 func (r *rope) turn(key []float32) {
+	key = key[r.from:]
 	for pair, c := range r.cos {
 		i, j := 2*pair, 2*pair+1
 		if r.neox {

@@ -30,7 +30,7 @@ func (s *store) Rotate(id enclave.CacheID, r *enclave.Rotation) error {
 	return l.each(int64(r.First), int64(len(r.Shift)), func(c *attention.Cache, place, n, at int64) error {
 		for i := range n {
 			shift := r.Shift[at+i]
-			if shift == 0 || !c.Written(place+i) {
+			if shift == 0 && turner.keepsLength() || !c.Written(place+i) {
 				continue
 			}
 			if !turner.prepare(shift) {
@@ -69,15 +69,15 @@ func (l *layer) rope(r *enclave.Rotation) (*rope, error) {
 		return nil, l.misfit("no rotation")
 	case r.Mode != 0 && r.Mode != modeNeox:
 		return nil, l.misfit("rotary embedding of mode %d: 0 (norm) and %d (neox) can be shifted", r.Mode, modeNeox)
-	case r.Dims < 2 || r.Dims > l.shape.DimK || r.Dims%2 != 0:
-		return nil, l.misfit("rotation of %d rows of %d", r.Dims, l.shape.DimK)
+	case r.Dims < 2 || r.From < 0 || r.From > l.shape.DimK || r.Dims > l.shape.DimK-r.From || r.Dims%2 != 0:
+		return nil, l.misfit("rotation of %d rows of %d from row %d on", r.Dims, l.shape.DimK, r.From)
 	case len(r.Factors) != 0 && len(r.Factors) != r.Dims/2:
 		return nil, l.misfit("%d frequency factors for %d rows", len(r.Factors), r.Dims)
 	case r.Hadamard < 0 || r.Hadamard&(r.Hadamard-1) != 0 || r.Hadamard > 0 && l.shape.DimK%r.Hadamard != 0:
 		return nil, l.misfit("Hadamard matrix of size %d over a head of %d", r.Hadamard, l.shape.DimK)
 	}
 	made := &rope{
-		dims: r.Dims, neox: r.Mode == modeNeox, scale: r.Scale, ext: r.ExtFactor, magnitude: r.AttnFactor,
+		from: r.From, dims: r.Dims, neox: r.Mode == modeNeox, scale: r.Scale, ext: r.ExtFactor, magnitude: r.AttnFactor,
 		step:    float32(math.Pow(float64(r.Base), float64(-2/float32(r.Dims)))),
 		factors: slices.Clone(r.Factors),
 	}

@@ -79,6 +79,7 @@ func rotations() map[string]enclave.Rotation {
 	add("yarn", func(r *enclave.Rotation) {
 		r.ExtFactor, r.Scale, r.AttnFactor, r.Mode, r.ContextOrig, r.Base = 1, 0.25, 0.9, modeNeox, 2048, 1e6
 	})
+	add("the last rows", func(r *enclave.Rotation) { r.From, r.Dims = 6, 8 })
 	add("factors", func(r *enclave.Rotation) {
 		for i := range 16 {
 			r.Factors = append(r.Factors, 1+float32(i)/4)
@@ -114,15 +115,16 @@ func TestRotateAgainstReference(t *testing.T) {
 func (s *scene) compareKeys(r *enclave.Rotation, most float64) {
 	s.t.Helper()
 	for cell, put := range s.k {
-		shift := int32(0)
+		shift, turned := int32(0), false
 		if at := cell - int64(r.First); at >= 0 && at < int64(len(r.Shift)) {
-			shift = r.Shift[at]
+			shift, turned = r.Shift[at], true
 		}
 		k, v := s.read(cell)
 		for h := range s.layer.KVHeads {
-			want := rotated(put[h*s.layer.DimK:][:s.layer.DimK], shift, r)
-			if shift == 0 {
-				want = doubles(put[h*s.layer.DimK:][:s.layer.DimK])
+			key := put[h*s.layer.DimK:][:s.layer.DimK]
+			want := doubles(key)
+			if turned { // by 0 too: YaRN scales
+				want = append(want[:r.From], rotated(key[r.From:], shift, r)...)
 			}
 			for d, x := range want {
 				if y := float64(k[h*s.layer.DimK+d]); !(math.Abs(x-y) <= most+math.Abs(float64(shift))*2e-7) { // angles are in single precision

@@ -305,7 +305,7 @@ void kvs_attend(struct kvs_ggml *g, struct kvs_plan *p, struct kvs_step *s)
 struct rotate_head {
     uint32_t first, count, dims, mode, context;
     float base, scale, ext_factor, attn_factor, beta_fast, beta_slow;
-    uint32_t factors, hadamard, reserved[3];
+    uint32_t factors, hadamard, from, reserved[2];
 };
 _Static_assert(sizeof(struct rotate_head) == 64, "the head of a rotation is 64 bytes on the wire");
 
@@ -327,6 +327,16 @@ static uint32_t hadamard_of(struct kvs_ggml *g, const struct ggml_tensor *matrix
     return (uint32_t)n;
 }
 
+/* The first row of a head that is turned: where the rotated view begins in the cache. */
+static uint32_t first_row(struct kvs_ggml *g, const struct kvs_step *s)
+{
+    const struct ggml_tensor *view = kvs_src(g, s->node, 0);
+    size_t row = kvs_nb(g, s->k)[1], all = (size_t)kvs_ne(g, s->k)[0];
+    if (s->hadamard || (size_t)(kvs_ne(g, view)[0] * kvs_ne(g, view)[1]) == all)
+        return 0;
+    return (uint32_t)((size_t)((const char *)g->get_data(view) - (const char *)g->get_data(s->k)) * all / row);
+}
+
 void kvs_rotate(struct kvs_ggml *g, const struct kvs_step *s)
 {
     const struct ggml_tensor *shift = kvs_src(g, s->node, 1), *factors = kvs_src(g, s->node, 2);
@@ -344,7 +354,8 @@ void kvs_rotate(struct kvs_ggml *g, const struct kvs_step *s)
                             .beta_fast = kvs_paramf(g, s->node, 9),
                             .beta_slow = kvs_paramf(g, s->node, 10),
                             .factors = (uint32_t)(factor_bytes / sizeof(float)),
-                            .hadamard = s->hadamard ? hadamard_of(g, s->hadamard) : 0};
+                            .hadamard = s->hadamard ? hadamard_of(g, s->hadamard) : 0,
+                            .from = first_row(g, s)};
     struct kvs_call call = {.type = KVS_ROTATE, .id = s->cache->id, .layer = s->cache->layer};
     uint8_t *body = kvs_channel_begin(&call);
     if (call.capacity < sizeof h + factor_bytes + sizeof(int32_t))

@@ -225,7 +225,12 @@ static void rotation(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_tensor 
 {
     const struct ggml_tensor *view = kvs_src(g, node, 0);
     const int64_t *have = kvs_ne(g, view), *all = kvs_ne(g, k);
-    if (is_values(g, k) || have[0] * have[1] != all[0] || have[2] != all[1] * all[2])
+    const char *begin = g->get_data(k), *at_view = g->get_data(view);
+    bool whole = have[0] * have[1] == all[0];
+    /* or some rows of each head, in place */
+    bool rows = !hadamard && kvs_nb(g, view)[1] * (size_t)have[1] == kvs_nb(g, k)[1] && at_view >= begin &&
+                at_view < begin + kvs_nb(g, view)[1];
+    if (is_values(g, k) || !(whole || rows) || have[2] != all[1] * all[2])
         not_known(g, node, "rotates a part of the cached keys");
     struct kvs_step *s = kvs_plan_add_step(p, KVS_STEP_ROTATE, node, at);
     s->k = k;

@@ -195,7 +195,7 @@ func DecodeRotate(body []byte) (*enclave.Rotation, error) {
 	if n > layersMax<<16 || factors > layersMax || len(rest) != 4*(n+factors) {
 		return nil, malformed("%d shifts and %d factors in %d bytes", n, factors, len(rest))
 	}
-	r := &enclave.Rotation{First: h.num(0), Dims: h.num(2), Mode: int32(h.u32(3)), ContextOrig: int32(h.u32(4)),
+	r := &enclave.Rotation{First: h.num(0), From: h.num(13), Dims: h.num(2), Mode: int32(h.u32(3)), ContextOrig: int32(h.u32(4)),
 		Base: h.f32(5), Scale: h.f32(6), ExtFactor: h.f32(7), AttnFactor: h.f32(8), BetaFast: h.f32(9), BetaSlow: h.f32(10), Hadamard: h.num(12)}
 	w := append(words(nil), rest...)
 	r.Shift = make([]int32, n)
