@@ -257,9 +257,15 @@ var latent = map[string]any{"attention.key_length": uint32(64 + 16), "attention.
 	"leading_dense_block_count": uint32(1)}
 
 func init() {
-	for _, name := range []string{"deepseek2", "deepseek32", "glm-dsa", "mistral4", "deepseek2-ocr"} {
+	for _, name := range []string{"deepseek2", "deepseek32", "glm-dsa", "mistral4"} {
 		extras[name] = extra{keys: latent}
 	}
+	// MLA whose projections are not absorbed caches keys and values for every head.
+	for _, name := range []string{"minicpm3", "plm"} {
+		extras[name] = kv("attention.key_length", uint32(48), "attention.value_length", uint32(32), rotated, uint32(16), headCountKV, uint32(heads))
+	}
+	extras["deepseek2-ocr"] = kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32), rotated, uint32(32))
+	extras["grovemoe"] = kv("expert_used_count", uint32(2), "experts_per_group", uint32(2))
 	// Layers without heads for keys and values are the recurrent ones.
 	for _, name := range []string{"granitehybrid", "nemotron_h", "nemotron_h_moe", "lfm2", "lfm2moe", "minimax-01"} {
 		extras[name] = kv(headCountKV, []uint32{0, headsKV, 0, headsKV})
