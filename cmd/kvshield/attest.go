@@ -73,17 +73,12 @@ func attestNonce(text string) ([]byte, error) {
 	return nonce, nil
 }
 
-func attest(ctx context.Context, o *options, nonce []byte) (enclave.Report, error) {
-	cfg, err := o.config()
-	if err != nil {
-		return enclave.Report{}, err
-	}
-	s, err := supervisor.New(ctx, cfg)
-	if err != nil {
-		return enclave.Report{}, err
-	}
-	defer s.Close()
-	return s.Attest(ctx, nonce)
+func attest(ctx context.Context, o *options, nonce []byte) (report enclave.Report, err error) {
+	err = o.withSupervisor(ctx, func(s *supervisor.Supervisor) error {
+		report, err = s.Attest(ctx, nonce)
+		return err
+	})
+	return report, err
 }
 
 func (a attestation) print(w io.Writer) {

@@ -63,19 +63,14 @@ func (o *doctorOptions) modelFindings(ctx context.Context, path string) ([]findi
 }
 
 // inspect asks an enclave of the given mode.
-func (o *doctorOptions) inspect(ctx context.Context, mode, path string) (enclave.Model, error) {
+func (o *doctorOptions) inspect(ctx context.Context, mode, path string) (m enclave.Model, err error) {
 	of := o.options
 	of.mode = mode
-	cfg, err := of.config()
-	if err != nil {
-		return enclave.Model{}, err
-	}
-	s, err := supervisor.New(ctx, cfg)
-	if err != nil {
-		return enclave.Model{}, err
-	}
-	defer s.Close()
-	return s.Inspect(ctx, path)
+	err = of.withSupervisor(ctx, func(s *supervisor.Supervisor) error {
+		m, err = s.Inspect(ctx, path)
+		return err
+	})
+	return m, err
 }
 
 func refusal(err error) bool {

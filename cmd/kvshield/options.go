@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"os"
@@ -153,3 +154,17 @@ func besides(given, name string) string {
 
 // say prints a line for people on standard error.
 func say(format string, a ...any) { fmt.Fprintf(os.Stderr, "kvshield: "+format+"\n", a...) }
+
+// withSupervisor starts a supervisor and its enclave for as long as f takes.
+func (o *options) withSupervisor(ctx context.Context, f func(*supervisor.Supervisor) error) error {
+	cfg, err := o.config()
+	if err != nil {
+		return err
+	}
+	s, err := supervisor.New(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return f(s)
+}

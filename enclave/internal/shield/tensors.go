@@ -131,6 +131,8 @@ func (f *finder) fused(file, layer int, kind string, t gguf.Tensor) error {
 	have := t.Rows()
 	if kind == "bias" {
 		have = elements(t)
+	} else if err := f.checkWidth(t); err != nil {
+		return err
 	}
 	if have != first || row*first != t.Size || (kind == "bias") != (len(t.Dims) == 1) {
 		return enclave.Invalid("tensor %q has dimensions %v, expected %d rows of queries, keys and values", t.Name, t.Dims, first)
@@ -151,16 +153,27 @@ func (f *finder) weight(t Target) error {
 	if len(t.Tensor.Dims) < 2 || t.Tensor.Rows() != int64(heads)*int64(rows) || t.Tensor.Dims[1] != t.Tensor.Rows() {
 		return enclave.Invalid("tensor %q has dimensions %v, expected %d rows of %d heads each", t.Tensor.Name, t.Tensor.Dims, rows, heads)
 	}
-	if f.width == 0 {
-		f.width = t.Tensor.Dims[0]
-	}
-	if t.Tensor.Dims[0] != f.width {
-		return enclave.Invalid("tensor %q has rows of %d elements, others have %d", t.Tensor.Name, t.Tensor.Dims[0], f.width)
+	if err := f.checkWidth(t.Tensor); err != nil {
+		return err
 	}
 	if t.RowBytes < 1 || t.RowBytes*t.Tensor.Rows() != t.Tensor.Size {
 		return enclave.Refuse("tensor %q of type %v does not store its rows one by one, so mode permute cannot permute them", t.Tensor.Name, t.Tensor.Type)
 	}
 	f.list = append(f.list, t)
+	return nil
+}
+
+// checkWidth makes sure that all queries, keys and values are made from rows of one length.
+func (f *finder) checkWidth(t gguf.Tensor) error {
+	if len(t.Dims) == 0 {
+		return enclave.Invalid("tensor %q has no dimensions", t.Name)
+	}
+	if f.width == 0 {
+		f.width = t.Dims[0]
+	}
+	if t.Dims[0] != f.width {
+		return enclave.Invalid("tensor %q has rows of %d elements, others have %d", t.Name, t.Dims[0], f.width)
+	}
 	return nil
 }
 
