@@ -121,14 +121,16 @@ func compare(t *testing.T, stock, shielded answers, bound, tie float64) (o outco
 	return o
 }
 
-var words = regexp.MustCompile(`(?m)^.*kvshield: (?:\S*: )?\s*(.*)$`)
+// words are what kvshield prints, and what it says of an engine that a hook ended.
+var words = regexp.MustCompile(`(?m)(?:^.*kvshield: (?:\S*: )?\s*(.*)$|reason="([^"]*)")`)
 
 // reason is the first thing that kvshield said which is a refusal.
 func reason(log string) string {
 	for _, m := range words.FindAllStringSubmatch(log, -1) {
+		said := m[1] + m[2]
 		for _, word := range []string{"not supported", "does not know", "cannot keep", "refused", "mode resident", "mode permute", "another model", "no mode can shield"} {
-			if strings.Contains(m[1], word) {
-				return m[1]
+			if strings.Contains(said, word) && !strings.HasPrefix(said, "serving") {
+				return said
 			}
 		}
 	}
@@ -147,7 +149,9 @@ func shielded(t *testing.T, model, mode string, w way, stock answers, ask []ques
 		return outcome{failed: err.Error() + " | " + lastLine(s.log.String())}
 	}
 	got, err := s.tryAnswers(ask)
-	if err != nil {
+	if why := reason(s.log.String()); err != nil && why != "" {
+		return outcome{refused: why}
+	} else if err != nil {
 		return outcome{failed: err.Error() + " | " + lastLine(s.log.String())}
 	}
 	return compare(t, stock, got, bound, tie)

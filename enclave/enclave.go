@@ -57,9 +57,9 @@ type Model struct {
 	Files        int    // files of the model: 1, or the number of splits
 	Layers       int
 	Heads        int     // query heads
-	HeadsKV      int     // key/value heads
+	HeadsKV      int     // key/value heads; of both, those of the layer that has most
 	HeadDim      int     // head dimension, of values
-	RowFloats    int     // floats in one row of a layer's attention output: Heads * HeadDim
+	RowFloats    int     // floats in one row of a layer's attention output, at most: Heads * HeadDim
 	RotaryDim    int     // rows of a key head that are rotated; 0 without a rotary embedding
 	RotaryBase   float32 // base of the rotary frequencies that the shielded model was made for
 	Context      int     // positions that the model was made for; 0 when it does not say

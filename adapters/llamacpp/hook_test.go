@@ -217,7 +217,7 @@ func TestModelThatWasNotExchangedDoesNotRun(t *testing.T) {
 		"fingerprint": {func(o *session.Opened) { o.Fingerprint = []byte("another model's") }, "a graph with attention belongs to no model that kvshield has shielded"},
 		"marker":      {func(o *session.Opened) { o.Marker = "absent" }, "a graph with attention belongs to no model that kvshield has shielded"},
 		"layers":      {func(o *session.Opened) { o.Layers = 1 }, "the graph has a layer 1 but the model has 1"},
-		"row":         {func(o *session.Opened) { o.RowFloats++ }, "the attention output of layer 0 has a shape that kvshield does not know"},
+		"row":         {func(o *session.Opened) { o.RowFloats-- }, "the attention output of layer 0 has a shape that kvshield does not know"},
 		"rotary base": {func(o *session.Opened) { o.RotaryBase = 5 }, fmt.Sprintf(rotary, base, dims, 5.0, dims)},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -16,8 +16,9 @@ var ErrRows = errors.New("the rows do not fit the model")
 
 // model is what is kept of a load.
 type model struct {
+	shape  shield.Shape
 	layers int
-	row    int
+	stride int // of the tables: the longest row
 	print  string
 
 	mu     sync.RWMutex   // held for reading while a table is in use
@@ -26,8 +27,8 @@ type model struct {
 }
 
 func newModel(s shield.Shape, d *drawn) (*model, error) {
-	m := &model{layers: s.Layers, row: s.RowFloats(), print: d.print}
-	mem, err := secmem.New(2 * m.layers * m.row)
+	m := &model{shape: s, layers: s.Layers, stride: s.RowFloats(), print: d.print}
+	mem, err := secmem.New(2 * m.layers * m.stride)
 	if err != nil {
 		return nil, fmt.Errorf("no memory for the inverse permutation: %w", err)
 	}
@@ -39,7 +40,8 @@ func newModel(s shield.Shape, d *drawn) (*model, error) {
 }
 
 func (m *model) table(layer int) []uint16 {
-	return m.tables[layer*m.row : (layer+1)*m.row]
+	at := layer * m.stride
+	return m.tables[at : at+m.shape.RowOf(layer)]
 }
 
 func (m *model) wipe() {
@@ -59,7 +61,7 @@ func (m *model) invert(layer int, dst, src []float32) error {
 		return enclave.ErrUnknownModel
 	}
 	table := m.table(layer)
-	for n := m.row; len(src) >= n; dst, src = dst[n:], src[n:] {
+	for n := len(table); len(src) >= n; dst, src = dst[n:], src[n:] {
 		gather(dst[:n], src[:n], table)
 	}
 	return nil
@@ -76,8 +78,8 @@ func (m *model) check(layer int, dst, src []float32) error {
 	switch {
 	case layer < 0 || layer >= m.layers:
 		return fmt.Errorf("%w: layer %d, it has %d", ErrRows, layer, m.layers)
-	case len(src)%m.row != 0:
-		return fmt.Errorf("%w: %d floats are no whole rows of %d", ErrRows, len(src), m.row)
+	case len(src)%m.shape.RowOf(layer) != 0:
+		return fmt.Errorf("%w: %d floats are no whole rows of %d", ErrRows, len(src), m.shape.RowOf(layer))
 	case len(dst) != len(src):
 		return fmt.Errorf("%w: %d floats in, room for %d", ErrRows, len(src), len(dst))
 	case overlap(dst, src):

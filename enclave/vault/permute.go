@@ -51,7 +51,7 @@ type worker struct {
 func newWorker(plan *shield.Plan, p *shield.Permutation) *worker {
 	largest := int64(1)
 	for _, t := range plan.Targets {
-		_, rows := plan.Shape.HeadRows(t.Role)
+		_, rows := plan.Shape.HeadRows(t.Role, t.Layer)
 		largest = max(largest, int64(rows)*t.RowBytes)
 	}
 	n := min(largest, maxBuffer)
@@ -60,7 +60,7 @@ func newWorker(plan *shield.Plan, p *shield.Permutation) *worker {
 
 // tensor does nothing once ctx is done.
 func (w *worker) tensor(ctx context.Context, t shield.Target, l *layout, out *os.File) error {
-	heads, rows := w.shape.HeadRows(t.Role)
+	heads, rows := w.shape.HeadRows(t.Role, t.Layer)
 	size := int64(rows) * t.RowBytes
 	for h := range heads {
 		if ctx.Err() != nil {

@@ -7,11 +7,15 @@
 
 /* --- reading and writing the engine's tensors --- */
 
-/* Rows of `floats` floats, one for each token, from `first` on: side by side, or with a stride in between. */
-static void get_rows(struct kvs_ggml *g, const struct ggml_tensor *t, uint32_t floats, uint32_t first, uint32_t count, uint8_t *out)
+/*
+ * The first `floats` floats of what is written for each token, from `first` on. Tokens lie side by side, or with a stride in between;
+ * an engine may write more for each than this layer has, for the sake of layers with more heads.
+ */
+static void get_rows(struct kvs_ggml *g, const struct kvs_write *w, uint32_t floats, uint32_t first, uint32_t count, uint8_t *out)
 {
-    size_t row = (size_t)floats * sizeof(float), stride = row;
-    if (kvs_ne(g, t)[0] == (int64_t)floats)
+    const struct ggml_tensor *t = w->source;
+    size_t row = (size_t)floats * sizeof(float), stride = (size_t)w->floats * sizeof(float);
+    if (kvs_ne(g, t)[0] == (int64_t)w->floats)
         stride = kvs_nb(g, t)[1];
     if (stride == row) {
         g->tensor_get(t, out, first * row, count * row);
@@ -170,7 +174,7 @@ static void get_written(struct kvs_ggml *g, const struct kvs_write *w, uint32_t 
 {
     size_t row = (size_t)floats * sizeof(float);
     if (!w->early)
-        get_rows(g, w->source, floats, first, count, out);
+        get_rows(g, w, floats, first, count, out);
     else if (w->rows && (first + count) * row <= w->size)
         memcpy(out, w->rows + first * row, count * row);
     else
@@ -181,12 +185,12 @@ void kvs_take(struct kvs_ggml *g, const struct kvs_step *s)
 {
     struct kvs_write *w = s->take;
     uint32_t floats = s->cache->kv_heads * (w->values ? s->cache->dim_v : s->cache->dim_k);
-    const int64_t *ne = kvs_ne(g, w->source);
-    w->size = (size_t)(ne[0] * ne[1] * ne[2] * ne[3]) * sizeof(float);
+    uint32_t tokens = (uint32_t)(kvs_elements(g, w->source) / w->floats);
+    w->size = (size_t)tokens * floats * sizeof(float);
     w->rows = malloc(w->size);
     if (!w->rows)
         kvs_die("out of memory");
-    get_rows(g, w->source, floats, 0, (uint32_t)(w->size / sizeof(float) / floats), w->rows);
+    get_rows(g, w, floats, 0, tokens, w->rows);
     if (w->scrub)
         kvs_wipe_rows(g, w->source);
 }

@@ -198,7 +198,7 @@ static void check_targets(const struct sched_state *s)
         if (s->targets[i].layer >= info->layers)
             kvs_die("the graph has a layer %u but the model has %u", s->targets[i].layer, info->layers);
         if (kvs_type(s->g, t) != KVS_GGML_TYPE_F32 || !s->g->is_contiguous(t) ||
-            kvs_ne(s->g, t)[0] != (int64_t)info->row_floats)
+            kvs_ne(s->g, t)[0] > (int64_t)info->row_floats)
             kvs_die("the attention output of layer %u has a shape that kvshield does not know", s->targets[i].layer);
     }
 }
@@ -279,7 +279,8 @@ static void put_rows(void *user, const void *rows, size_t bytes)
 
 static void invert(struct sched_state *s, const struct target *t)
 {
-    uint32_t row_bytes = s->model->info.row_floats * (uint32_t)sizeof(float);
+    /* Layers may differ; a layer's weights, whose rows the enclave has checked, let no other length through. */
+    uint32_t row_bytes = (uint32_t)kvs_ne(s->g, t->tensor)[0] * (uint32_t)sizeof(float);
     size_t left = s->g->nbytes(t->tensor) / row_bytes;
     uint32_t most = kvs_channel_rows(row_bytes);
     struct rows r = {s->g, t->tensor, 0};

@@ -110,6 +110,11 @@ static inline const int64_t *kvs_ne(const struct kvs_ggml *g, const struct ggml_
 {
     return (const int64_t *)(const void *)((const char *)t + g->layout.ne);
 }
+static inline int64_t kvs_elements(const struct kvs_ggml *g, const struct ggml_tensor *t)
+{
+    const int64_t *ne = kvs_ne(g, t);
+    return ne[0] * ne[1] * ne[2] * ne[3];
+}
 static inline const size_t *kvs_nb(const struct kvs_ggml *g, const struct ggml_tensor *t)
 {
     return (const size_t *)(const void *)((const char *)t + g->layout.nb);

@@ -25,6 +25,7 @@ KVS_HIDDEN enum kvs_op kvs_op(struct kvs_ggml *g, const struct ggml_tensor *t);
 struct kvs_write {
     struct ggml_tensor *node;
     const struct ggml_tensor *cache, *source, *cells;
+    uint32_t floats; /* that are written for each token */
     bool values, taken;
     bool scrub; /* no later node reads the source */
     bool early; /* taken when the engine would have, because the source may not last until attention */

@@ -122,12 +122,25 @@ static void shape(struct kvs_ggml *g, struct kvs_step *s, const struct ggml_tens
                                   .storage = storage_of(kvs_type(g, s->k))};
 }
 
+/* How many floats are written for each token: as many as are attended to, or more where layers with other head counts share a layout. */
+static void count_floats(struct kvs_ggml *g, const struct kvs_step *s, struct kvs_write *w, uint32_t least, uint32_t most)
+{
+    int64_t tokens = kvs_elements(g, s->cells_of->cells), all = kvs_elements(g, w->source);
+    if (tokens < 1 || all % tokens != 0 || all / tokens < least || all / tokens > most)
+        not_known(g, w->node, "writes something else than this layer's heads");
+    w->floats = (uint32_t)(all / tokens);
+}
+
 static void find_writes(struct kvs_plan *p, struct kvs_ggml *g, struct kvs_step *s, const struct ggml_tensor *v)
 {
     struct kvs_write *keys = write_of(p, s->k), *values = v == s->k ? keys : write_of(p, v);
     if (!keys || !values)
         not_known(g, s->node, "reads a cache that this graph does not write");
     s->cells_of = keys;
+    const struct kvs_cache *c = &s->shape;
+    count_floats(g, s, keys, c->kv_heads * c->dim_k, c->kv_heads * c->dim_k);
+    if (values != keys)
+        count_floats(g, s, values, c->kv_heads * c->dim_v, UINT32_MAX);
     if (keys->taken)
         return;
     keys->taken = values->taken = true;

@@ -227,6 +227,7 @@ var extras = map[string]extra{
 	"rwkv6qwen2":   kv("token_shift_count", uint32(1)),
 	"arwkv7":       kv("token_shift_count", uint32(1)),
 	"gemma3":       kv("block_count", uint32(7), "attention.sliding_window", uint32(window), "rope.freq_base", float32(1e6)),
+	"openelm":      kv("attention.head_count", []uint32{2, 4, 4, 8}, headCountKV, []uint32{1, 2, 4, 4}, "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
 	"phi3": {perLayer: map[string][]int64{"attn_qkv.weight": {width, width + 2*headsKV*32}},
 		global: map[string][]int64{"rope_factors_long.weight": {16}, "rope_factors_short.weight": {16}},
 		keys:   map[string]any{"rope.scaling.original_context_length": uint32(512)}},

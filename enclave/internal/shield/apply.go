@@ -8,7 +8,7 @@ func (p *Permutation) Head(r Role, layer, head int) (from int, rows []uint16) {
 	heads := p.layerHeads(layer)
 	switch r {
 	case Query, Sink:
-		group := p.shape.Heads / p.shape.HeadsKV
+		group := p.group(layer)
 		from = int(heads[head/group])*group + head%group
 		if r == Sink {
 			return from, []uint16{0}
@@ -31,11 +31,17 @@ func (p *Permutation) Factors(own []float32) ([]float32, error) {
 	return factors(p.pairs, p.shape.RotDim, p.shape.Base, own)
 }
 
-// Inverse fills a table of RowFloats entries that undoes the permutation on a row of a layer's
+// group is how many query heads share a key/value head.
+func (p *Permutation) group(layer int) int {
+	n := p.shape.In(layer)
+	return n.Heads / n.KV
+}
+
+// Inverse fills a table of RowOf(layer) entries that undoes the permutation on a row of a layer's
 // attention output: true[i] = shielded[table[i]].
 func (p *Permutation) Inverse(layer int, table []uint16) {
 	heads, d := p.layerHeads(layer), p.shape.ValueDim
-	group := p.shape.Heads / p.shape.HeadsKV
+	group := p.group(layer)
 	for h, from := range heads {
 		for i, row := range p.valueRows(layer, h) {
 			for g := range group {

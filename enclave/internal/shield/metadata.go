@@ -104,8 +104,7 @@ func (m *metadata) text(key, fallback string) string {
 // shape reads the geometry of attention, with the defaults that engines have.
 func (m *metadata) shape(arch architecture) Shape {
 	s := Shape{Rope: arch.rope, FixedHeads: arch.fixedHeads, Layers: m.count("block_count", 0)}
-	s.Heads = m.same("attention.head_count", 0)
-	s.HeadsKV = m.same("attention.head_count_kv", s.Heads)
+	m.heads(&s)
 	derived := 0
 	if s.Heads > 0 {
 		derived = m.count("embedding_length", 0) / s.Heads
@@ -123,6 +122,46 @@ func (m *metadata) shape(arch architecture) Shape {
 		m.fail(s.check())
 	}
 	return s
+}
+
+// heads reads how many heads each layer has.
+func (m *metadata) heads(s *Shape) {
+	list, _, err := m.file.Uints(m.file.Data, m.prefix+"attention.head_count")
+	m.bad(err)
+	kv, found, err := m.file.Uints(m.file.Data, m.prefix+"attention.head_count_kv")
+	m.bad(err)
+	if !found {
+		kv = list
+	}
+	switch {
+	case m.err != nil || s.Layers < 1:
+		return // Shape.check says what is wrong
+	case s.Layers > maxLayers:
+		m.fail(enclave.Refuse("%d layers are more than mode permute supports", s.Layers))
+		return
+	}
+	counts := make([]Counts, s.Layers)
+	for i := range counts {
+		counts[i] = Counts{m.ofLayer("attention.head_count", list, i), m.ofLayer("attention.head_count_kv", kv, i)}
+		s.Heads, s.HeadsKV = max(s.Heads, counts[i].Heads), max(s.HeadsKV, counts[i].KV)
+	}
+	if slices.ContainsFunc(counts, func(n Counts) bool { return n != counts[0] }) {
+		s.PerLayer = counts
+	}
+}
+
+// ofLayer is a layer's number in a list with one for all layers or one for each.
+func (m *metadata) ofLayer(key string, list []uint64, layer int) int {
+	switch {
+	case len(list) == 1:
+		layer = 0
+	case list == nil:
+		return 0
+	case layer >= len(list):
+		m.fail(enclave.Invalid("%s: key %q is an array of %d, with nothing for layer %d", m.file.Name, m.prefix+key, len(list), layer))
+		return 0
+	}
+	return m.narrow(key, list[layer])
 }
 
 // alike refuses a number for layers with a window that differs from the others'.

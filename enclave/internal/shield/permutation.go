@@ -60,7 +60,7 @@ func (p *Permutation) draw(root *keys.Root) error {
 		} else if err := shuffle(root, p.layerHeads(layer), "kvheads", "layer=%d", layer); err != nil {
 			return err
 		}
-		for h := range p.shape.HeadsKV {
+		for h := range p.shape.In(layer).KV {
 			if err := shuffle(root, p.valueRows(layer, h), "v", "layer=%d/kvhead=%d", layer, h); err != nil {
 				return err
 			}
@@ -133,8 +133,8 @@ func info(what, where string, a ...any) string {
 }
 
 func (p *Permutation) layerHeads(layer int) []uint16 {
-	n := p.shape.HeadsKV
-	return p.heads[layer*n : (layer+1)*n]
+	at := layer * p.shape.HeadsKV
+	return p.heads[at : at+p.shape.In(layer).KV]
 }
 
 func (p *Permutation) valueRows(layer, head int) []uint16 {

@@ -43,6 +43,7 @@ var shapes = []Shape{
 	{Layers: 1, Heads: 8, HeadsKV: 1, KeyDim: 128, ValueDim: 96, RotDim: 32, Rope: RopeNeox, Base: 10000},
 	{Layers: 2, Heads: 6, HeadsKV: 2, KeyDim: 16, ValueDim: 8, Rope: RopeNone},
 	{Layers: 1, Heads: 1, HeadsKV: 1, KeyDim: 2, ValueDim: 1, RotDim: 2, Rope: RopeNorm, Base: 1},
+	{Layers: 3, Heads: 8, HeadsKV: 4, KeyDim: 8, ValueDim: 8, RotDim: 8, Rope: RopeNeox, Base: 10000, PerLayer: []Counts{{8, 2}, {4, 4}, {6, 3}}},
 }
 
 func (s Shape) String() string {
@@ -55,7 +56,7 @@ func TestEveryHeadIsUsedOnceAndWhole(t *testing.T) {
 			p := draw(t, s, 1)
 			for layer := range s.Layers {
 				for _, r := range []Role{Query, Key, Value} {
-					heads, rows := s.HeadRows(r)
+					heads, rows := s.HeadRows(r, layer)
 					var from []uint16
 					for h := range heads {
 						src, table := p.Head(r, layer, h)
@@ -133,17 +134,18 @@ func TestLayersAndHeadsDiffer(t *testing.T) {
 func TestInverse(t *testing.T) {
 	for _, s := range shapes {
 		t.Run(s.String(), func(t *testing.T) {
-			p, d, group := draw(t, s, 5), s.ValueDim, s.Heads/s.HeadsKV
+			p, d := draw(t, s, 5), s.ValueDim
 			for layer := range s.Layers {
-				shielded := make([]int, s.RowFloats())
-				for h := range s.Heads {
+				n := s.In(layer)
+				shielded := make([]int, s.RowOf(layer))
+				for h := range n.Heads {
 					from, _ := p.Head(Query, layer, h)
-					_, rows := p.Head(Value, layer, h/group)
+					_, rows := p.Head(Value, layer, h/(n.Heads/n.KV))
 					for i, row := range rows {
 						shielded[h*d+i] = from*d + int(row)
 					}
 				}
-				table := make([]uint16, s.RowFloats())
+				table := make([]uint16, s.RowOf(layer))
 				p.Inverse(layer, table)
 				for i, at := range table {
 					if shielded[at] != i {

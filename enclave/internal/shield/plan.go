@@ -112,7 +112,7 @@ func (p *Plan) describe() {
 	p.Model.RotaryDim, p.Model.RotaryBase = p.Shape.RotDim, p.Shape.Base
 	p.Model.ShieldBytes = int64(p.Shape.RotDim/2) * 4
 	for _, t := range p.Targets {
-		heads, rows := p.Shape.HeadRows(t.Role)
+		heads, rows := p.Shape.HeadRows(t.Role, t.Layer)
 		p.Model.ShieldBytes += int64(heads) * int64(rows) * t.RowBytes
 	}
 }

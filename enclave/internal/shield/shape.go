@@ -15,8 +15,8 @@ const (
 // Shape is the geometry of a model's attention.
 type Shape struct {
 	Layers   int
-	Heads    int // query heads
-	HeadsKV  int // key/value heads
+	Heads    int // query heads, in the layer that has most
+	HeadsKV  int // key/value heads, in the layer that has most
 	KeyDim   int // head dimension of queries and keys
 	ValueDim int // head dimension of values
 	RotDim   int // rows of a query or key head that are rotated; 0 without a rotary embedding
@@ -24,24 +24,41 @@ type Shape struct {
 	Base     float32 // of the rotary frequencies
 	// FixedHeads keeps heads in their places: where every head has a bias of its own (ALiBi).
 	FixedHeads bool
+	// PerLayer is for models whose layers differ; nil where all are the same.
+	PerLayer []Counts
 }
 
-// RowFloats is the length of a row of a layer's attention output.
+// Counts are numbers of query heads and of key/value heads.
+type Counts struct{ Heads, KV int }
+
+// In says how many heads a layer has.
+func (s Shape) In(layer int) Counts {
+	if s.PerLayer != nil {
+		return s.PerLayer[layer]
+	}
+	return Counts{s.Heads, s.HeadsKV}
+}
+
+// RowFloats is the length of a row of a layer's attention output, in the layer that has most heads.
 func (s Shape) RowFloats() int { return s.Heads * s.ValueDim }
 
-// HeadRows says how many heads the tensor of a role has, and rows in each.
-func (s Shape) HeadRows(r Role) (heads, rows int) {
+// RowOf is the length of a row of a layer's attention output.
+func (s Shape) RowOf(layer int) int { return s.In(layer).Heads * s.ValueDim }
+
+// HeadRows says how many heads the tensor of a role has in a layer, and rows in each.
+func (s Shape) HeadRows(r Role, layer int) (heads, rows int) {
+	n := s.In(layer)
 	switch r {
 	case Query:
-		return s.Heads, s.KeyDim
+		return n.Heads, s.KeyDim
 	case Key:
-		return s.HeadsKV, s.KeyDim
+		return n.KV, s.KeyDim
 	case HeadNorm:
 		return 1, s.KeyDim
 	case Sink:
-		return s.Heads, 1
+		return n.Heads, 1
 	}
-	return s.HeadsKV, s.ValueDim
+	return n.KV, s.ValueDim
 }
 
 func (s Shape) check() error {
@@ -51,14 +68,23 @@ func (s Shape) check() error {
 			s.Layers, s.Heads, s.KeyDim, s.ValueDim)
 	case s.HeadsKV < 1:
 		return enclave.Refuse("the model has layers without key/value heads, which mode permute does not support")
-	case s.Heads%s.HeadsKV != 0:
-		return enclave.Invalid("%d query heads are no multiple of %d key/value heads", s.Heads, s.HeadsKV)
 	case s.RotDim < 0 || s.RotDim%2 != 0 || s.RotDim > s.KeyDim || (s.RotDim == 0) != (s.Rope == RopeNone):
 		return enclave.Invalid("a rotary embedding over %d of %d rows is not possible", s.RotDim, s.KeyDim)
 	case s.Rope != RopeNone && !(s.Base > 0 && usable(s.Base)):
 		return enclave.Invalid("a rotary embedding with base %g is not possible", s.Base)
 	}
-	return s.checkSize()
+	if err := s.checkSize(); err != nil {
+		return err
+	}
+	for layer := range s.Layers {
+		switch n := s.In(layer); {
+		case n.Heads < 1 || n.KV < 1:
+			return enclave.Refuse("layer %d has %d query heads and %d key/value heads; layers without attention are not supported by mode permute", layer, n.Heads, n.KV)
+		case n.Heads%n.KV != 0:
+			return enclave.Invalid("%d query heads are no multiple of %d key/value heads", n.Heads, n.KV)
+		}
+	}
+	return nil
 }
 
 func (s Shape) checkSize() error {

@@ -78,7 +78,7 @@ func (f *finder) layerTensor(file, layer int, name string, t gguf.Tensor) error 
 	switch {
 	case !permuted && f.arch.leavesAlone(base):
 		f.consider(file, layer, name, t)
-		return f.checkOutput(name, t)
+		return f.checkOutput(layer, name, t)
 	case base == "attn_qkv" && (kind == "weight" || kind == "bias"):
 		return f.fused(file, layer, kind, t)
 	case base == "attn_sinks" && kind == "weight" && f.arch.sinks:
@@ -124,7 +124,7 @@ func (f *finder) fused(file, layer int, kind string, t gguf.Tensor) error {
 		row = 4
 	}
 	for _, role := range []Role{Query, Key, Value} {
-		heads, rows := f.shape.HeadRows(role)
+		heads, rows := f.shape.HeadRows(role, layer)
 		f.list = append(f.list, Target{file, t, layer, role, row, first})
 		first += int64(heads) * int64(rows)
 	}
@@ -149,7 +149,7 @@ func elements(t gguf.Tensor) int64 {
 }
 
 func (f *finder) weight(t Target) error {
-	heads, rows := f.shape.HeadRows(t.Role)
+	heads, rows := f.shape.HeadRows(t.Role, t.Layer)
 	if len(t.Tensor.Dims) < 2 || t.Tensor.Rows() != int64(heads)*int64(rows) || t.Tensor.Dims[1] != t.Tensor.Rows() {
 		return enclave.Invalid("tensor %q has dimensions %v, expected %d rows of %d heads each", t.Tensor.Name, t.Tensor.Dims, rows, heads)
 	}
@@ -178,7 +178,7 @@ func (f *finder) checkWidth(t gguf.Tensor) error {
 }
 
 func (f *finder) bias(t Target) error {
-	heads, rows := f.shape.HeadRows(t.Role)
+	heads, rows := f.shape.HeadRows(t.Role, t.Layer)
 	want := int64(heads) * int64(rows)
 	if t.Tensor.Type != gguf.F32 || elements(t.Tensor) != want || len(t.Tensor.Dims) == 0 || t.Tensor.Dims[0] != want {
 		return enclave.Invalid("tensor %q has type %v and dimensions %v, expected F32 and %d", t.Tensor.Name, t.Tensor.Type, t.Tensor.Dims, want)
@@ -188,9 +188,9 @@ func (f *finder) bias(t Target) error {
 }
 
 // checkOutput makes sure that the attention output has the length that will be inverted.
-func (f *finder) checkOutput(name string, t gguf.Tensor) error {
-	if name == "attn_output.weight" && (len(t.Dims) == 0 || t.Dims[0] != int64(f.shape.RowFloats())) {
-		return enclave.Invalid("tensor %q has dimensions %v, expected rows of %d", t.Name, t.Dims, f.shape.RowFloats())
+func (f *finder) checkOutput(layer int, name string, t gguf.Tensor) error {
+	if name == "attn_output.weight" && (len(t.Dims) == 0 || t.Dims[0] != int64(f.shape.RowOf(layer))) {
+		return enclave.Invalid("tensor %q has dimensions %v, expected rows of %d", t.Name, t.Dims, f.shape.RowOf(layer))
 	}
 	return nil
 }
