@@ -25,6 +25,7 @@ type engine struct {
 	region  *dataplane.Region // nil with the socket transport
 	sets    []*modelSet
 	resides []residing
+	models  []ModelStatus // under the supervisor's lock
 }
 
 func (e *engine) statistics() dataplane.Statistics {
@@ -149,7 +150,11 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 	default:
 		s.events.Passed++
 	}
+	if err == nil && len(e.models) < maxNotes {
+		e.models = append(e.models, ModelStatus{path, how(opened)})
+	}
 	s.mu.Unlock()
+	s.writeStatus()
 	s.cfg.Log.Debug("an engine opened a model", "pid", p.PID, "model", filepath.Base(path), "shielded", opened.Shield || opened.Reside, "error", err)
 	return opened, file, err
 }
@@ -204,6 +209,7 @@ func (s *Supervisor) Gone(p *session.Peer) {
 		s.past.Add(e.statistics())
 	}
 	s.mu.Unlock()
+	s.writeStatus()
 	if e != nil {
 		e.release(s.cfg.Log.Debug)
 	}

@@ -35,6 +35,8 @@ type Config struct {
 	Capacity  uint32            // payload bytes of a frame; zero: a default for the mode
 	Spin      time.Duration     // how long each end spins before it sleeps
 	Timeout   time.Duration     // how long an engine waits for the enclave before it ends; zero: 10 s
+	Directory string            // where the runtime directory is made; empty: chosen
+	Program   string            // what is run, for the status
 	Log       *slog.Logger
 	// Audit lets [Supervisor.Dump] read the engines' memory through their hooks. With Observe nothing is shielded either: no
 	// enclave is started, and the engines run as stock ones. For package audit; nothing else sets them.
@@ -64,6 +66,9 @@ type Supervisor struct {
 	engines map[*session.Peer]*engine
 	past    dataplane.Statistics // of engines that are gone
 	events  Events
+	report  enclave.Report
+
+	status sync.Mutex // one writer of the status file at a time
 }
 
 // Events is what happened in a run, for its last words.
@@ -104,7 +109,7 @@ func New(ctx context.Context, cfg Config) (*Supervisor, error) {
 	if _, err := os.Stat(cfg.Hook); err != nil {
 		return nil, fmt.Errorf("the hook library %s is missing; build it with `make build`, or name it with --hook", cfg.Hook)
 	}
-	dir, err := NewRuntimeDir()
+	dir, err := NewRuntimeDir(cfg.Directory)
 	if err != nil {
 		return nil, err
 	}
@@ -139,6 +144,7 @@ func (s *Supervisor) begin() error {
 		}
 		return err
 	}
+	s.attestOnce()
 	s.wg.Go(s.keepEnclave)
 	s.wg.Go(func() {
 		if err := s.server.Serve(s.ctx); err != nil {
@@ -272,6 +278,7 @@ func (s *Supervisor) restartEnclave() bool {
 	s.mu.Lock()
 	s.enclave = c
 	s.mu.Unlock()
+	s.attestOnce()
 	s.cfg.Log.Info("a new enclave is ready", "pid", c.PID())
 	if s.cfg.EnclaveBack != nil {
 		s.cfg.EnclaveBack()

@@ -89,6 +89,7 @@ func runShielded(o *options, child *exec.Cmd) error {
 	if err != nil {
 		return err
 	}
+	cfg.Program = child.Args[0]
 	// Not the command's context: a signal is for the program, and the shield stays up until that has ended.
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
