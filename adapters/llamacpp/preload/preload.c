@@ -196,7 +196,7 @@ FILE *ggml_fopen(const char *path, const char *mode)
     if (!m)
         return g->fopen(path, mode);
     if (m->used || strchr(mode, 'w') || strchr(mode, '+') || strchr(mode, 'a')) {
-        kvs_say("%s: opened in a way that kvshield does not know, after it was shielded: refused", path);
+        kvs_say("error: %s: opened in a way that kvshield does not know, after it was shielded: refused", path);
         errno = EPERM;
         return NULL;
     }
@@ -347,7 +347,7 @@ uint32_t llama_model_quantize(const char *in, const char *out, const void *param
         *(void **)(void *)&real = kvs_look_up(NULL, "llama_model_quantize", (const void *)(uintptr_t)llama_model_quantize, true);
         return real(in, out, params);
     }
-    kvs_say("%s: quantising under the shield would write permuted weights; run llama-quantize without kvshield",
+    kvs_say("error: %s: quantising under the shield would write permuted weights; run llama-quantize without kvshield",
             in ? in : "model");
     return 1;
 }
