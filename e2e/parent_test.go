@@ -323,3 +323,46 @@ func TestEnclaveKilledUnderTwoModels(t *testing.T) {
 		}
 	})
 }
+
+// A model that the mode cannot shield: what Ollama would tell its client, and what happens when its user allows it.
+func TestRefusedModelOfAParent(t *testing.T) {
+	model := tiny(t, "baichuan")
+	ask := map[string]any{"prompt": []int{5, 6, 7}}
+	want := startParent(t, "", nil).load(t, "it", model).complete(t, "", 20, ask)
+
+	p := startParent(t, "permute", nil)
+	a := p.ask(t, "load", "it", model)
+	if message := "error: " + model + `: architecture "baichuan" is not supported by mode permute`; a.OK || !strings.Contains(a.Error, message) {
+		t.Errorf("Ollama would show %q, want %q in it", a.Error, message)
+	}
+	if strings.Contains(strings.ToLower(a.Error), "memory") {
+		t.Errorf("Ollama would take %q for a lack of memory", a.Error)
+	}
+
+	p = startParent(t, "permute", []string{"KVSHIELD_ALLOW_UNSHIELDED=/no/such.gguf," + model})
+	if got := p.load(t, "it", model).complete(t, "", 20, ask); got.Content != want.Content {
+		t.Errorf("allowed, it says %q, stock %q", got.Content, want.Content)
+	}
+	p.load(t, "demo", demoModel).complete(t, prompts[0], 20, nil)
+	p.awaitModels(t, map[string]string{model: "clear", demoModel: "permuted"})
+	if !strings.Contains(p.log.String(), "kvshield: "+model+" runs IN THE CLEAR") {
+		t.Error("that it runs in the clear was not said")
+	}
+}
+
+// A process runs in the clear with all of its models or with none.
+func TestDraftModelOfAnAllowedModel(t *testing.T) {
+	draft := quantised(t, "Q8_0")
+	args := []string{"--spec-type", "draft-simple", "--spec-draft-n-max", "4", "--spec-draft-model", draft}
+	inEachMode(t, func(t *testing.T, mode string) {
+		for _, allowed := range []string{demoModel, draft} {
+			p := startParent(t, mode, nil, "--allow-unshielded", allowed)
+			if a := p.ask(t, append([]string{"load", "demo", demoModel}, args...)...); a.OK || !strings.Contains(a.Error, "or none") {
+				t.Errorf("%s allowed: loaded %v, Ollama would show %q", filepath.Base(allowed), a.OK, a.Error)
+			}
+		}
+		p := startParent(t, mode, nil, "--allow-unshielded", demoModel, "--allow-unshielded", draft)
+		p.load(t, "demo", demoModel, args...).complete(t, prompts[0], 20, nil)
+		p.awaitModels(t, map[string]string{demoModel: "clear", draft: "clear"})
+	})
+}

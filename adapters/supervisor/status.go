@@ -41,7 +41,7 @@ type EngineStatus struct {
 // ModelStatus is one file that an engine opened as a model.
 type ModelStatus struct {
 	Path string `json:"path"` // as the engine named it
-	How  string `json:"how"`  // permuted, resident, or passed: it keeps nothing
+	How  string `json:"how"`  // permuted, resident, passed (it keeps nothing), or clear
 }
 
 func how(o session.Opened) string {
@@ -50,6 +50,8 @@ func how(o session.Opened) string {
 		return "permuted"
 	case o.Reside:
 		return "resident"
+	case o.Clear:
+		return "clear"
 	}
 	return "passed"
 }

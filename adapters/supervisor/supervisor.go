@@ -44,6 +44,8 @@ type Config struct {
 	// Resident keeps KV caches in the enclave, whose program must have been told so by Args. Scrub has what they were made
 	// from wiped in the engine.
 	Resident, Scrub bool
+	// Allowed says of a model, by its full path, that its user allows it to run in the clear. Nil: no model.
+	Allowed func(path string) bool
 	// EnclaveLost is called when the enclave died, after the engines were told to end; EnclaveBack when another
 	// one answers. Either may be nil.
 	EnclaveLost, EnclaveBack func()
@@ -74,6 +76,7 @@ type Supervisor struct {
 // Events is what happened in a run, for its last words.
 type Events struct {
 	Shielded int      // models shielded
+	Clear    int      // models in the clear, as their user allows
 	Passed   int      // files without attention weights, opened as they are
 	Refusals []string // why models were refused, the first 100
 	Fatal    []string // why hooks ended their processes, the first 100

@@ -214,7 +214,11 @@ func printOllama(w io.Writer, st service.Status) {
 		if name == "" {
 			name = m.Path
 		}
-		fmt.Fprintf(w, "  %-9s %s (process %d)\n", m.How, name, m.PID)
+		how := m.How
+		if how == "clear" {
+			how = "IN THE CLEAR, as is allowed:"
+		}
+		fmt.Fprintf(w, "  %-9s %s (process %d)\n", how, name, m.PID)
 	}
 	if st.Warning != "" {
 		fmt.Fprintf(w, "warning:   %s\n", st.Warning)

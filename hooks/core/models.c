@@ -119,7 +119,7 @@ bool kvs_exchange_fd(int fd, bool *refused)
     if (!is_gguf(fd))
         return false;
     kvs_session_open("(an open file)", fd, &info);
-    if (info.action == KVS_ACTION_PASS || info.action == KVS_ACTION_RESIDE)
+    if (info.action == KVS_ACTION_PASS || info.action == KVS_ACTION_RESIDE || info.action == KVS_ACTION_CLEAR)
         return false;
     if (info.fd >= 0)
         close(info.fd);

@@ -1,11 +1,9 @@
 package service
 
 import (
-	"encoding/json"
-	"os"
 	"path/filepath"
-	"strings"
 
+	"github.com/kvshield/kvshield/adapters/ollama/store"
 	"github.com/kvshield/kvshield/adapters/supervisor"
 )
 
@@ -29,7 +27,7 @@ type Status struct {
 type Model struct {
 	Name string `json:"name,omitempty"` // as Ollama calls it, where its manifests tell
 	Path string `json:"path"`
-	How  string `json:"how"` // resident, permuted, or passed: it keeps nothing
+	How  string `json:"how"` // resident, permuted, passed (it keeps nothing), or clear
 	PID  int    `json:"pid"`
 }
 
@@ -77,57 +75,7 @@ func (st *Status) describe(run supervisor.Status) {
 	st.Mode, st.TEE, st.Hardware = run.Mode, run.TEE, run.Hardware
 	for _, e := range run.Engines {
 		for _, m := range e.Models {
-			st.Models = append(st.Models, Model{nameOf(m.Path), m.Path, m.How, e.PID})
+			st.Models = append(st.Models, Model{store.Name(m.Path), m.Path, m.How, e.PID})
 		}
 	}
-}
-
-const manifestMax = 1 << 20
-
-// nameOf finds the name under which Ollama keeps a blob: its manifests lie beside the folder of the blobs.
-func nameOf(blob string) string {
-	dir, file := filepath.Split(blob)
-	if filepath.Base(dir) != "blobs" {
-		return ""
-	}
-	manifests, _ := filepath.Glob(filepath.Join(filepath.Dir(filepath.Clean(dir)), "manifests", "*", "*", "*", "*"))
-	for _, path := range manifests {
-		if has(path, strings.Replace(file, "-", ":", 1)) {
-			return displayed(path)
-		}
-	}
-	return ""
-}
-
-func has(manifest, digest string) bool {
-	if info, err := os.Stat(manifest); err != nil || !info.Mode().IsRegular() || info.Size() > manifestMax {
-		return false
-	}
-	text, err := os.ReadFile(manifest)
-	var m struct {
-		Layers []struct{ Digest string }
-	}
-	if err != nil || json.Unmarshal(text, &m) != nil {
-		return false
-	}
-	for _, l := range m.Layers {
-		if l.Digest == digest {
-			return true
-		}
-	}
-	return false
-}
-
-// displayed is the name as Ollama prints it: host and namespace only where they are not the usual ones.
-func displayed(manifest string) string {
-	parts := strings.Split(manifest, "/")
-	host, namespace, model, tag := parts[len(parts)-4], parts[len(parts)-3], parts[len(parts)-2], parts[len(parts)-1]
-	name := model + ":" + tag
-	if namespace != "library" {
-		name = namespace + "/" + name
-	}
-	if host != "registry.ollama.ai" {
-		name = host + "/" + namespace + "/" + model + ":" + tag
-	}
-	return name
 }
