@@ -203,6 +203,7 @@ func TestRefusals(t *testing.T) {
 		"foreign drop-in": {unit: stockUnit, want: ErrForeign.Error(), prepare: func(root string) {
 			write(t, filepath.Join(root, configDir, unitName+".d", dropInName), "[Service]\nNice=5\n")
 		}},
+		"a whole unit": {unit: exampleUnit(t), want: "nothing to enable"},
 		"folder leads out": {unit: stockUnit, want: "leads out of", prepare: func(root string) {
 			os.Symlink(t.TempDir(), filepath.Join(root, configDir, unitName+".d"))
 		}},
@@ -221,6 +222,15 @@ func TestRefusals(t *testing.T) {
 			sameFiles(t, before, snapshot(t, root))
 		})
 	}
+}
+
+func exampleUnit(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("../../../examples/ollama/ollama.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }
 
 func TestDisableLeavesWhatWasChanged(t *testing.T) {
@@ -280,6 +290,14 @@ func TestSystemdAnalyzeVerifies(t *testing.T) {
 			t.Errorf("mode %s:\n%s", mode, out)
 		}
 	}
+	if _, err := find(t, root).Disable(false); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(root, configDir, unitName), strings.NewReplacer("/usr/local/bin/kvshield", "/bin/true", "/usr/local/bin/ollama", "/bin/true").Replace(exampleUnit(t)))
+	if out := verify(); strings.Contains(out, unitName) {
+		t.Errorf("the example:\n%s", out)
+	}
+	write(t, filepath.Join(root, configDir, unitName), strings.Replace(stockUnit, "/usr/local/bin/ollama", "/bin/true", 1))
 	if _, err := find(t, root).Enable(Options{"/nowhere/kvshield", "resident"}, false); err != nil {
 		t.Fatal(err)
 	}
