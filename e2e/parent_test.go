@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -107,7 +108,9 @@ func (p *parent) load(t *testing.T, name, model string, args ...string) *server 
 	if !a.OK {
 		t.Fatalf("%s: %s\n%s", model, a.Error, p.log)
 	}
-	return &server{url: fmt.Sprintf("http://127.0.0.1:%d", a.Port), client: httpClient(t), log: p.log}
+	// A connection of its own for each request: one that the server has just given up is no answer to anything.
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
+	return &server{url: fmt.Sprintf("http://127.0.0.1:%d", a.Port), client: client, log: p.log}
 }
 
 // end closes the parent's standard input, upon which it ends, and everything with it.
@@ -282,17 +285,17 @@ func tiny(t *testing.T, architecture string) string {
 	return model
 }
 
-// The enclave is killed while two models answer: what their clients got is the beginning of the right text, and both models can be
-// loaded again.
+// The enclave is killed while two models answer: what their clients got is the beginning of the right text, both engines say why
+// they end, and the next requests, for which a parent loads the models again at once, are answered.
 func TestEnclaveKilledUnderTwoModels(t *testing.T) {
 	stock := startParent(t, "", nil).load(t, "demo", demoModel)
-	whole := said(take(t, stock.stream(t), 10000))
 	want := stock.completeAll(t, tokens, 1, nil)
 	inEachMode(t, func(t *testing.T, mode string) {
 		p := startParent(t, mode, nil)
 		var streams []chan string
-		for _, name := range []string{"0", "1"} {
-			streams = append(streams, p.load(t, name, demoModel).stream(t))
+		servers := []*server{p.load(t, "0", demoModel), p.load(t, "1", demoModel)}
+		for _, s := range servers {
+			streams = append(streams, s.stream(t))
 		}
 		before := [][]string{take(t, streams[0], 20), take(t, streams[1], 20)}
 		enclave := children(t, p.cmd.Process.Pid)["kvshield-enclave"]
@@ -304,20 +307,14 @@ func TestEnclaveKilledUnderTwoModels(t *testing.T) {
 		}
 		for i, stream := range streams {
 			text := said(append(before[i], take(t, stream, 10000)...))
-			if !strings.HasPrefix(whole, text) || len(text) == len(whole) {
-				t.Errorf("model %d: the client got wrong text, or all of it:\n%q", i, text)
+			// Beyond the tokens that were compared, the two best may be so close that either is right.
+			if n := min(len(text), len(want[0].Content)); text[:n] != want[0].Content[:n] {
+				t.Errorf("model %d: the client got wrong text:\n%q", i, text)
 			}
 			if a := p.ask(t, "wait", fmt.Sprint(i)); !strings.Contains(a.Error, "the enclave process died") {
 				t.Errorf("model %d: Ollama would show %q", i, a.Error)
 			}
 		}
-		eventually(t, func() string {
-			if again := children(t, p.cmd.Process.Pid)["kvshield-enclave"]; again == 0 || again == enclave {
-				return "no new enclave"
-			}
-			return ""
-		})
-		time.Sleep(100 * time.Millisecond) // between the new process's start and its first answer
 		for _, name := range []string{"0", "1"} {
 			same(t, want, p.load(t, name, demoModel).completeAll(t, tokens, 1, nil))
 		}
@@ -326,28 +323,30 @@ func TestEnclaveKilledUnderTwoModels(t *testing.T) {
 
 // A model that the mode cannot shield: what Ollama would tell its client, and what happens when its user allows it.
 func TestRefusedModelOfAParent(t *testing.T) {
-	model := tiny(t, "baichuan")
+	model := tiny(t, "mamba")
 	ask := map[string]any{"prompt": []int{5, 6, 7}}
 	want := startParent(t, "", nil).load(t, "it", model).complete(t, "", 20, ask)
 
-	p := startParent(t, "permute", nil)
-	a := p.ask(t, "load", "it", model)
-	if message := "error: " + model + `: architecture "baichuan" is not supported by mode permute`; a.OK || !strings.Contains(a.Error, message) {
-		t.Errorf("Ollama would show %q, want %q in it", a.Error, message)
-	}
-	if strings.Contains(strings.ToLower(a.Error), "memory") {
-		t.Errorf("Ollama would take %q for a lack of memory", a.Error)
-	}
+	inEachMode(t, func(t *testing.T, mode string) {
+		p := startParent(t, mode, nil)
+		a := p.ask(t, "load", "it", model)
+		if a.OK || !strings.Contains(a.Error, "error: "+model+": ") || !strings.Contains(a.Error, "which no mode can shield") {
+			t.Errorf("Ollama would show %q, want why it was refused", a.Error)
+		}
+		if strings.Contains(a.Error, "memory") {
+			t.Errorf("Ollama would take %q for a lack of memory", a.Error)
+		}
 
-	p = startParent(t, "permute", []string{"KVSHIELD_ALLOW_UNSHIELDED=/no/such.gguf," + model})
-	if got := p.load(t, "it", model).complete(t, "", 20, ask); got.Content != want.Content {
-		t.Errorf("allowed, it says %q, stock %q", got.Content, want.Content)
-	}
-	p.load(t, "demo", demoModel).complete(t, prompts[0], 20, nil)
-	p.awaitModels(t, map[string]string{model: "clear", demoModel: "permuted"})
-	if !strings.Contains(p.log.String(), "kvshield: "+model+" runs IN THE CLEAR") {
-		t.Error("that it runs in the clear was not said")
-	}
+		p = startParent(t, mode, []string{"KVSHIELD_ALLOW_UNSHIELDED=/no/such.gguf," + model})
+		if got := p.load(t, "it", model).complete(t, "", 20, ask); got.Content != want.Content {
+			t.Errorf("allowed, it says %q, stock %q", got.Content, want.Content)
+		}
+		p.load(t, "demo", demoModel).complete(t, prompts[0], 20, nil)
+		p.awaitModels(t, map[string]string{model: "clear", demoModel: howIn[mode]})
+		if !strings.Contains(p.log.String(), "kvshield: "+model+" runs IN THE CLEAR") {
+			t.Error("that it runs in the clear was not said")
+		}
+	})
 }
 
 // A process runs in the clear with all of its models or with none.

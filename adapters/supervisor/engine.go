@@ -42,7 +42,7 @@ func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello
 		s.adopt(p, &engine{pid: p.PID})
 		return s.welcome(), nil, nil
 	}
-	c, err := s.client()
+	c, err := s.awaitClient(ctx)
 	if err != nil {
 		return session.Welcome{}, nil, err
 	}

@@ -202,6 +202,21 @@ func (s *Supervisor) client() (*plugin.Client, error) {
 	return s.enclave, nil
 }
 
+const (
+	enclaveWithin = 10 * time.Second
+	enclaveLook   = 20 * time.Millisecond
+)
+
+// awaitClient gives an enclave that is started again the time for that: an engine that comes meanwhile need not be turned away.
+func (s *Supervisor) awaitClient(ctx context.Context) (*plugin.Client, error) {
+	for end := time.Now().Add(enclaveWithin); ; time.Sleep(enclaveLook) {
+		c, err := s.client()
+		if !errors.Is(err, errNoEnclave) || ctx.Err() != nil || s.ctx.Err() != nil || time.Now().After(end) {
+			return c, err
+		}
+	}
+}
+
 // EnclavePID is the process number of the enclave, 0 while there is none.
 func (s *Supervisor) EnclavePID() int {
 	c, err := s.client()
