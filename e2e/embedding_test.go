@@ -1,26 +1,10 @@
 package e2e
 
-import (
-	"path/filepath"
-	"testing"
-
-	"github.com/kvshield/kvshield/internal/tinymodel"
-)
+import "testing"
 
 // A model without a cache leaves nothing behind: every mode runs it as it is.
 func TestEmbeddingModelsRun(t *testing.T) {
-	e, err := tinymodel.Open(t.TempDir(), filepath.Join(root, ".engine"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := e.Discover(t.TempDir(), tinymodel.Start("bert"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	model := filepath.Join(t.TempDir(), "bert.gguf")
-	if err := r.Write(model); err != nil {
-		t.Fatal(err)
-	}
+	model := tiny(t, "bert")
 	args := []string{"--embedding", "-c", "512"}
 	ask := func(s *server) string {
 		answer, err := s.post("/embedding", map[string]any{"content": "At last the sailors"})

@@ -40,7 +40,9 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	os.RemoveAll(parentDir)
+	os.Exit(code)
 }
 
 // inEachMode runs a test in every mode that shields.

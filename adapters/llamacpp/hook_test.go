@@ -52,7 +52,7 @@ func TestSupervisorThatHangsUpOnAnIdleServer(t *testing.T) {
 		t.Fatal("llama-server outlived its supervisor")
 	}
 	var exit *llamacpp.ExitError
-	if err := s.Err(); !errors.As(err, &exit) || exit.State != "exit status 1" || !strings.Contains(exit.Tail, "kvshield: "+lost) {
+	if err := s.Err(); !errors.As(err, &exit) || exit.State != "exit status 1" || !strings.Contains(exit.Tail, "kvshield: error: "+lost) {
 		t.Errorf("it ended with %v: %+v", s.Err(), exit)
 	}
 }
@@ -158,7 +158,7 @@ func TestRefusedModelIsTheEnginesOwnFailure(t *testing.T) {
 func TestRefusedModelEndsAServer(t *testing.T) {
 	f := start(t, func(f *fake) { f.refuse = "no such architecture" })
 	r := run(t, f.socket(), engine("llama-server"), "-m", demoModel, "--host", socketPath(t))
-	if r.code == 0 || !strings.Contains(r.stderr, "kvshield: "+demoModel+": no such architecture\n") {
+	if r.code == 0 || !strings.Contains(r.stderr, "kvshield: error: "+demoModel+": no such architecture\n") {
 		t.Errorf("exit code %d\n%s", r.code, r.stderr)
 	}
 	f.expectFatal(t)

@@ -194,7 +194,7 @@ func (r result) said() []string {
 	var lines []string
 	for line := range strings.Lines(r.stderr) {
 		if text, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "kvshield: "); ok {
-			lines = append(lines, text)
+			lines = append(lines, strings.TrimPrefix(text, "error: "))
 		}
 	}
 	return lines

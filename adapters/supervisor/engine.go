@@ -25,6 +25,8 @@ type engine struct {
 	region  *dataplane.Region // nil with the socket transport
 	sets    []*modelSet
 	resides []residing
+	clear   string        // the model that it runs in the clear, as its user allows
+	models  []ModelStatus // under the supervisor's lock
 }
 
 func (e *engine) statistics() dataplane.Statistics {
@@ -40,7 +42,7 @@ func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello
 		s.adopt(p, &engine{pid: p.PID})
 		return s.welcome(), nil, nil
 	}
-	c, err := s.client()
+	c, err := s.awaitClient(ctx)
 	if err != nil {
 		return session.Welcome{}, nil, err
 	}
@@ -138,7 +140,7 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 	var file *os.File
 	var err error
 	if !s.cfg.Observe {
-		opened, file, err = e.open(ctx, path, model, s.cfg.Resident)
+		opened, file, err = s.openFor(ctx, e, path, model)
 	}
 	s.mu.Lock()
 	switch {
@@ -146,12 +148,48 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 		s.events.Refusals = note(s.events.Refusals, fmt.Sprintf("%s: %v", path, err))
 	case opened.Shield, opened.Reside:
 		s.events.Shielded++
+	case opened.Clear:
+		s.events.Clear++
 	default:
 		s.events.Passed++
 	}
+	if err == nil && len(e.models) < maxNotes {
+		e.models = append(e.models, ModelStatus{path, how(opened)})
+	}
 	s.mu.Unlock()
+	s.writeStatus()
 	s.cfg.Log.Debug("an engine opened a model", "pid", p.PID, "model", filepath.Base(path), "shielded", opened.Shield || opened.Reside, "error", err)
 	return opened, file, err
+}
+
+// openFor runs a model in the clear where its user allows that. A process does so with all of its models or with none: its hook
+// tells graphs apart by what was shielded.
+func (s *Supervisor) openFor(ctx context.Context, e *engine, path string, model *os.File) (session.Opened, *os.File, error) {
+	if s.allows(model) {
+		if len(e.sets)+len(e.resides) > 0 {
+			return session.Opened{}, nil, enclave.Refuse("it is allowed to run unshielded, but this process has shielded models as well; allow all of them or none")
+		}
+		e.clear = path
+		s.cfg.Log.Warn("a model runs IN THE CLEAR, as is allowed by --allow-unshielded", "pid", e.pid, "model", path)
+		return session.Opened{Clear: true}, nil, nil
+	}
+	opened, file, err := e.open(ctx, path, model, s.cfg.Resident)
+	if err == nil && e.clear != "" && (opened.Shield || opened.Reside) {
+		if file != nil {
+			file.Close()
+		}
+		return session.Opened{}, nil, enclave.Refuse("this process runs %s in the clear, as is allowed; allow this model as well, or none", e.clear)
+	}
+	return opened, file, err
+}
+
+// allows asks by the file that was opened, not by the name that the engine says it has.
+func (s *Supervisor) allows(model *os.File) bool {
+	if s.cfg.Allowed == nil {
+		return false
+	}
+	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", model.Fd()))
+	return err == nil && s.cfg.Allowed(path)
 }
 
 func (e *engine) open(ctx context.Context, path string, model *os.File, resident bool) (session.Opened, *os.File, error) {
@@ -204,6 +242,7 @@ func (s *Supervisor) Gone(p *session.Peer) {
 		s.past.Add(e.statistics())
 	}
 	s.mu.Unlock()
+	s.writeStatus()
 	if e != nil {
 		e.release(s.cfg.Log.Debug)
 	}

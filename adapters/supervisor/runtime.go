@@ -25,9 +25,13 @@ type RuntimeDir struct {
 	lock *os.File
 }
 
-// NewRuntimeDir makes one and removes those that dead runs of this user left.
-func NewRuntimeDir() (*RuntimeDir, error) {
-	base := runtimeBase()
+// NewRuntimeDir makes one below base and removes those that dead runs of this user left there. An empty base is chosen.
+func NewRuntimeDir(base string) (*RuntimeDir, error) {
+	if base == "" {
+		base = runtimeBase()
+	} else if !fitsRuntime(base) {
+		return nil, fmt.Errorf("%s cannot hold a runtime directory; it has to be a directory with a path of at most %d bytes, without spaces and colons", base, socketPathMax)
+	}
 	removeStale(base)
 	root, err := os.MkdirTemp(base, dirPrefix)
 	if err != nil {
@@ -43,12 +47,20 @@ func NewRuntimeDir() (*RuntimeDir, error) {
 
 // runtimeBase is the user's runtime directory where there is one and a socket's path fits below it.
 func runtimeBase() string {
-	for _, dir := range []string{os.Getenv("XDG_RUNTIME_DIR"), os.TempDir()} {
-		if info, err := os.Stat(dir); dir != "" && err == nil && info.IsDir() && len(dir) <= socketPathMax && !strings.ContainsAny(dir, " :") {
+	for _, dir := range RuntimeBases() {
+		if fitsRuntime(dir) {
 			return dir
 		}
 	}
 	return "/tmp"
+}
+
+// RuntimeBases are where runs make their directories unless they are told another place.
+func RuntimeBases() []string { return []string{os.Getenv("XDG_RUNTIME_DIR"), os.TempDir(), "/tmp"} }
+
+func fitsRuntime(dir string) bool {
+	info, err := os.Stat(dir)
+	return err == nil && info.IsDir() && len(dir) <= socketPathMax && !strings.ContainsAny(dir, " :")
 }
 
 // lock makes a directory's lock. It appears under its name when it is held already: another run that starts at the

@@ -11,7 +11,7 @@ import (
 
 func TestRuntimeDirIsClosedToOthersAndRemoved(t *testing.T) {
 	dir := base(t)
-	d, err := NewRuntimeDir()
+	d, err := NewRuntimeDir("")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,7 +27,7 @@ func TestRuntimeDirIsClosedToOthersAndRemoved(t *testing.T) {
 
 func TestStaleRuntimeDirs(t *testing.T) {
 	dir := base(t)
-	live, err := NewRuntimeDir()
+	live, err := NewRuntimeDir("")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +64,7 @@ func TestStaleRuntimeDirs(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	next, err := NewRuntimeDir()
+	next, err := NewRuntimeDir("")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +89,7 @@ func TestRunsThatStartTogetherLetEachOtherLive(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 20 {
-				d, err := NewRuntimeDir()
+				d, err := NewRuntimeDir("")
 				if err != nil {
 					t.Error(err)
 					return

@@ -35,6 +35,8 @@ type Config struct {
 	Capacity  uint32            // payload bytes of a frame; zero: a default for the mode
 	Spin      time.Duration     // how long each end spins before it sleeps
 	Timeout   time.Duration     // how long an engine waits for the enclave before it ends; zero: 10 s
+	Directory string            // where the runtime directory is made; empty: chosen
+	Program   string            // what is run, for the status
 	Log       *slog.Logger
 	// Audit lets [Supervisor.Dump] read the engines' memory through their hooks. With Observe nothing is shielded either: no
 	// enclave is started, and the engines run as stock ones. For package audit; nothing else sets them.
@@ -42,6 +44,8 @@ type Config struct {
 	// Resident keeps KV caches in the enclave, whose program must have been told so by Args. Scrub has what they were made
 	// from wiped in the engine.
 	Resident, Scrub bool
+	// Allowed says of a model, by its full path, that its user allows it to run in the clear. Nil: no model.
+	Allowed func(path string) bool
 	// EnclaveLost is called when the enclave died, after the engines were told to end; EnclaveBack when another
 	// one answers. Either may be nil.
 	EnclaveLost, EnclaveBack func()
@@ -64,11 +68,15 @@ type Supervisor struct {
 	engines map[*session.Peer]*engine
 	past    dataplane.Statistics // of engines that are gone
 	events  Events
+	report  enclave.Report
+
+	status sync.Mutex // one writer of the status file at a time
 }
 
 // Events is what happened in a run, for its last words.
 type Events struct {
 	Shielded int      // models shielded
+	Clear    int      // models in the clear, as their user allows
 	Passed   int      // files without attention weights, opened as they are
 	Refusals []string // why models were refused, the first 100
 	Fatal    []string // why hooks ended their processes, the first 100
@@ -104,7 +112,7 @@ func New(ctx context.Context, cfg Config) (*Supervisor, error) {
 	if _, err := os.Stat(cfg.Hook); err != nil {
 		return nil, fmt.Errorf("the hook library %s is missing; build it with `make build`, or name it with --hook", cfg.Hook)
 	}
-	dir, err := NewRuntimeDir()
+	dir, err := NewRuntimeDir(cfg.Directory)
 	if err != nil {
 		return nil, err
 	}
@@ -139,6 +147,7 @@ func (s *Supervisor) begin() error {
 		}
 		return err
 	}
+	s.attestOnce()
 	s.wg.Go(s.keepEnclave)
 	s.wg.Go(func() {
 		if err := s.server.Serve(s.ctx); err != nil {
@@ -191,6 +200,21 @@ func (s *Supervisor) client() (*plugin.Client, error) {
 		return nil, errNoEnclave
 	}
 	return s.enclave, nil
+}
+
+const (
+	enclaveWithin = 10 * time.Second
+	enclaveLook   = 20 * time.Millisecond
+)
+
+// awaitClient gives an enclave that is started again the time for that: an engine that comes meanwhile need not be turned away.
+func (s *Supervisor) awaitClient(ctx context.Context) (*plugin.Client, error) {
+	for end := time.Now().Add(enclaveWithin); ; time.Sleep(enclaveLook) {
+		c, err := s.client()
+		if !errors.Is(err, errNoEnclave) || ctx.Err() != nil || s.ctx.Err() != nil || time.Now().After(end) {
+			return c, err
+		}
+	}
 }
 
 // EnclavePID is the process number of the enclave, 0 while there is none.
@@ -272,6 +296,7 @@ func (s *Supervisor) restartEnclave() bool {
 	s.mu.Lock()
 	s.enclave = c
 	s.mu.Unlock()
+	s.attestOnce()
 	s.cfg.Log.Info("a new enclave is ready", "pid", c.PID())
 	if s.cfg.EnclaveBack != nil {
 		s.cfg.EnclaveBack()

@@ -139,7 +139,9 @@ func TestEngineThatDoesNotHeedIsKilled(t *testing.T) {
 }
 
 func TestNoHelloWithoutAnEnclave(t *testing.T) {
-	s := &Supervisor{engines: map[*session.Peer]*engine{}}
+	ended, end := context.WithCancel(context.Background())
+	end() // else it would be waited for
+	s := &Supervisor{ctx: ended, engines: map[*session.Peer]*engine{}}
 	if _, _, err := s.Hello(context.Background(), &session.Peer{}, session.Hello{}); !errors.Is(err, errNoEnclave) {
 		t.Errorf("Hello: %v", err)
 	}

@@ -32,7 +32,9 @@ func (w *Watcher) end(p *process, found finding) {
 	suspects := p.suspects()
 	hooked := p.hooked
 	w.reports.Go(func() {
-		v.Cause = cause(exe, hooked, suspects)
+		if v.Cause = found.cause; v.Cause == Reachable {
+			v.Cause = cause(exe, hooked, suspects)
+		}
 		for _, f := range append(suspects, exe) {
 			f.Close()
 		}

@@ -64,6 +64,7 @@ func (p *process) follow(open map[*model]int64, judged bool) {
 type finding struct {
 	model    *model
 	evidence string
+	cause    Cause // Reachable: to be found out
 }
 
 // judge returns the evidence against the process as it was scanned, nil when there is none.
@@ -71,9 +72,12 @@ func (p *process) judge(files *catalogue) *finding {
 	if p.unreadable {
 		return p.judgeClosed()
 	}
+	if found := p.judgeMLX(files); found != nil {
+		return found
+	}
 	for m, covered := range p.mapped {
 		if _, data, known := m.tensors(); known && covered > loading(data) {
-			return &finding{m, "has " + bytesText(covered) + " of it mapped"}
+			return &finding{model: m, evidence: "has " + bytesText(covered) + " of it mapped"}
 		}
 	}
 	for m, r := range p.reading {
@@ -81,8 +85,8 @@ func (p *process) judge(files *catalogue) *finding {
 		if !known || data == 0 {
 			continue
 		}
-		if read, bulk := p.inBulk(files, r, header, data); bulk {
-			return &finding{m, "has read " + bytesText(read) + " of it"}
+		if read, bulk := p.inBulk(files, r, header, data); bulk && !p.storesModels(files) {
+			return &finding{model: m, evidence: "has read " + bytesText(read) + " of it"}
 		}
 	}
 	return p.judgeCommand(files)
@@ -118,7 +122,7 @@ func (p *process) hasUnhookedGGML(files *catalogue) bool {
 			continue
 		}
 		switch files.carriesGGML(p.objectFile(o)) {
-		case withGGML:
+		case yes:
 			return true
 		case unexamined:
 			p.undecided = true
@@ -143,7 +147,7 @@ func (p *process) judgeCommand(files *catalogue) *finding {
 		header, data, known := m.tensors()
 		p.undecided = p.undecided || !known
 		if known && data > 0 && read > header+loading(data) && p.hasUnhookedGGML(files) {
-			return &finding{m, "was given it on its command line and has read " + bytesText(read) + " since its start"}
+			return &finding{model: m, evidence: "was given it on its command line and has read " + bytesText(read) + " since its start"}
 		}
 	}
 	return nil
@@ -153,7 +157,7 @@ func (p *process) judgeCommand(files *catalogue) *finding {
 // the watch (a setuid program, seen by an ordinary user): it must not name a model.
 func (p *process) judgeClosed() *finding {
 	for _, m := range p.named {
-		return &finding{m, "was given it on its command line, cannot be looked into, and goes on"}
+		return &finding{model: m, evidence: "was given it on its command line, cannot be looked into, and goes on"}
 	}
 	return nil
 }
@@ -165,7 +169,8 @@ func (p *process) namedModels(files *catalogue) []*model {
 		return nil
 	}
 	found := []*model{}
-	for i, argument := range strings.Split(string(text), "\x00") {
+	p.arguments = strings.Split(string(text), "\x00")
+	for i, argument := range p.arguments {
 		if _, value, ok := strings.Cut(argument, "="); ok {
 			argument = value
 		}

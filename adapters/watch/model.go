@@ -48,11 +48,12 @@ type catalogue struct {
 	work sync.WaitGroup
 	// models and ggml belong to the goroutine that polls. A nil model is another kind of file.
 	models map[fileStamp]*model
-	ggml   map[fileStamp]*atomic.Int32
+	ggml   answers
+	ollama answers
 }
 
 func newCatalogue() *catalogue {
-	return &catalogue{models: map[fileStamp]*model{}, ggml: map[fileStamp]*atomic.Int32{}}
+	return &catalogue{models: map[fileStamp]*model{}, ggml: answers{}, ollama: answers{}}
 }
 
 func (c *catalogue) wait() { c.work.Wait() }
@@ -124,39 +125,50 @@ func linkTarget(path string) string {
 	return path
 }
 
-// States of a program's or a library's content.
+// States of what is asked about a program's or a library's content.
 const (
 	unexamined int32 = iota
-	withoutGGML
-	withGGML
+	no
+	yes
 )
 
-// carriesGGML says whether ggml's code lies inside a program or library. The first question about
-// a file starts the search for it and is answered with unexamined.
-func (c *catalogue) carriesGGML(path string) int32 {
+// answers remembers what was found out about files.
+type answers map[fileStamp]*atomic.Int32
+
+// ask examines a program or library once. The first question about a file starts that, and is answered with unexamined.
+func (c *catalogue) ask(known answers, path string, examine func(*os.File) bool) int32 {
 	var st unix.Stat_t
 	if unix.Stat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return withoutGGML
+		return no
 	}
 	stamp := stampOf(&st)
-	if answer, known := c.ggml[stamp]; known {
+	if answer, found := known[stamp]; found {
 		return answer.Load()
 	}
 	f, err := openRegular(path, stamp)
 	if err != nil {
-		return withoutGGML
+		return no
 	}
-	if len(c.ggml) >= remembered {
-		clear(c.ggml)
+	if len(known) >= remembered {
+		clear(known)
 	}
 	answer := &atomic.Int32{}
-	c.ggml[stamp] = answer
+	known[stamp] = answer
 	c.work.Go(func() {
 		defer f.Close()
-		answer.Store(withoutGGML)
-		if embedsGGML(f) {
-			answer.Store(withGGML)
+		if examine(f) {
+			answer.Store(yes)
+		} else {
+			answer.Store(no)
 		}
 	})
 	return unexamined
 }
+
+// carriesGGML says whether ggml's code lies inside a program or library.
+func (c *catalogue) carriesGGML(path string) int32 {
+	return c.ask(c.ggml, path, func(f *os.File) bool { return embedsGGML(f) })
+}
+
+// isOllama says whether a program is Ollama.
+func (c *catalogue) isOllama(path string) int32 { return c.ask(c.ollama, path, builtFromOllama) }

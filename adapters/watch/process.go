@@ -32,6 +32,7 @@ type process struct {
 	readBefore int64    // bytes it had read at the last scan
 	readByLast int64    // bytes it had read when its program was executed
 	named      []*model // on its command line; nil before that was read
+	arguments  []string // its command line, read with named
 	mapped     map[*model]int64
 	reading    map[*model]*reading
 	objects    []object

@@ -19,6 +19,8 @@ const (
 	EmbeddedEngine
 	// OtherEngine: the hook is there and no ggml was found.
 	OtherEngine
+	// MLXEngine is Ollama's own engine for models in another format than GGUF.
+	MLXEngine
 	// Script is run by its interpreter; look at that.
 	Script
 )
@@ -35,6 +37,8 @@ var causes = map[Cause]struct{ name, why, remedy string }{
 		"use a build of llama.cpp with shared libraries (BUILD_SHARED_LIBS=ON), or kvshield-ollama for Ollama's embedded engine"},
 	OtherEngine: {"other engine", "it did not load it through llama.cpp's shared libraries",
 		"use a program on libllama; to copy or hash a model, do it outside kvshield"},
+	MLXEngine: {"MLX engine", "it is Ollama's engine for models that are not GGUF, which kvshield has no hook for",
+		"use the same model in GGUF format"},
 	Script: {"script", "it is a script; its interpreter decides", "look at the interpreter"},
 }
 

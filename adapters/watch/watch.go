@@ -19,6 +19,9 @@
 //     loaded. Of such a program the reads since its start count too, for a model that its command
 //     line names: a small one is read and closed between two looks.
 //
+// Ollama's server, told by the module that it was built from, may read models in bulk as long as no ggml is in it: it
+// copies, checks and hashes what it stores. Mapping one counts as always. Its own engine for other formats is ended at once.
+//
 // Limits. The watch polls: 1 ms while a process is new or has a model open, 10 ms otherwise (20 ms in
 // one that slept), and 5 ms for new processes. A process may run for that long before it is ended,
 // and one that opened, read and closed a small file between two looks is seen only by its command

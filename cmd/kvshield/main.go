@@ -83,7 +83,7 @@ Every flag can be set in the environment: --data-plane is KVSHIELD_DATA_PLANE.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usagef("%v; see `%s --help`", err, cmd.CommandPath())
 	})
-	root.AddCommand(newServe(), newRun(), newAttest(), newDoctor(), newBench(), newAudit())
+	root.AddCommand(newServe(), newRun(), newAttest(), newDoctor(), newBench(), newAudit(), newOllama())
 	return root
 }
 

@@ -30,16 +30,17 @@ var modes = []string{modeResident, modePermute, modeOff}
 
 // options are the flags that every shielded run shares.
 type options struct {
-	mode      string
-	tee       string
-	enclave   string
-	hook      string
-	dataPlane string
-	capacity  int
-	spin      string
-	timeout   time.Duration
-	logLevel  string
-	resident  residentOptions
+	mode       string
+	tee        string
+	enclave    string
+	hook       string
+	dataPlane  string
+	capacity   int
+	spin       string
+	timeout    time.Duration
+	logLevel   string
+	runtimeDir string
+	resident   residentOptions
 }
 
 func (o *options) register(cmd *cobra.Command) {
@@ -59,6 +60,7 @@ func (o *options) registerShield(cmd *cobra.Command) {
 	f.StringVar(&o.spin, "spin", "auto", "how long each end of the data plane spins before it sleeps, such as 20us (auto: 0 on few cores)")
 	f.DurationVar(&o.timeout, "enclave-timeout", 10*time.Second, "how long an engine waits for the enclave before it is ended")
 	f.StringVar(&o.logLevel, "log-level", "warn", "debug, info, warn or error")
+	f.StringVar(&o.runtimeDir, "runtime-dir", "", "directory below which this run keeps its sockets (default: the user's runtime directory, or that for temporary files)")
 	o.resident.register(f)
 	_ = cmd.RegisterFlagCompletionFunc("tee", cobra.FixedCompletions([]string{"auto", "sgx", "software"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("data-plane", cobra.FixedCompletions([]string{"shm", "socket"}, cobra.ShellCompDirectiveNoFileComp))
@@ -116,6 +118,7 @@ func (o *options) config() (supervisor.Config, error) {
 		Capacity:  uint32(o.capacity),
 		Spin:      spin,
 		Timeout:   o.timeout,
+		Directory: o.runtimeDir,
 		Log:       log,
 	}, nil
 }

@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -15,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kvshield/kvshield/adapters/llamacpp"
+	"github.com/kvshield/kvshield/adapters/ollama/store"
 	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/adapters/watch"
 	"github.com/kvshield/kvshield/internal/forker"
@@ -22,6 +25,7 @@ import (
 
 func newRun() *cobra.Command {
 	var o options
+	var allowed []string
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- PROGRAM [ARGUMENTS]",
 		Short: "run any program on libllama, its children included, with every model shielded",
@@ -48,10 +52,11 @@ kvshield waits for engines it left running and ends whatever else remains of its
 			if o.mode == modeOff {
 				return runPlain(child)
 			}
-			return runShielded(&o, child)
+			return runShielded(&o, child, allowed)
 		},
 	}
 	o.register(cmd)
+	cmd.Flags().StringSliceVar(&allowed, "allow-unshielded", nil, "models that run in the clear, by their path or Ollama's name for them; for those that the mode cannot shield")
 	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
@@ -84,11 +89,15 @@ func exitOf(err error) error {
 	return exitCode(exit.ExitCode())
 }
 
-func runShielded(o *options, child *exec.Cmd) error {
+func runShielded(o *options, child *exec.Cmd, allowed []string) error {
 	cfg, err := o.config()
 	if err != nil {
 		return err
 	}
+	if len(allowed) > 0 {
+		cfg.Allowed = allowance(allowed)
+	}
+	cfg.Program = child.Args[0]
 	// Not the command's context: a signal is for the program, and the shield stays up until that has ended.
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -114,6 +123,26 @@ func runShielded(o *options, child *exec.Cmd) error {
 	tree.end()
 	signals.stop()
 	return lastWords(s, child.Args[0], endWatch(), err)
+}
+
+// allowance says of a model whether it is listed: by its path, or by the name that Ollama has for it.
+func allowance(list []string) func(path string) bool {
+	return func(path string) bool {
+		name := store.Name(path)
+		return slices.ContainsFunc(list, func(listed string) bool {
+			if name != "" && store.Same(listed, name) {
+				return true
+			}
+			absolute, err := filepath.Abs(listed)
+			if err != nil {
+				return false
+			}
+			if real, err := filepath.EvalSymlinks(absolute); err == nil {
+				absolute = real
+			}
+			return absolute == path
+		})
+	}
 }
 
 // watchTree starts the watch over this process's descendants. The returned function ends it and returns what it found.
@@ -172,7 +201,7 @@ func (f *forwarding) stop() { signal.Stop(f.signals); close(f.signals) }
 
 func lastWords(s *supervisor.Supervisor, program string, violations []watch.Violation, err error) error {
 	e := s.Events()
-	if e.Shielded == 0 && len(e.Refusals) == 0 && len(violations) == 0 {
+	if e.Shielded == 0 && e.Clear == 0 && len(e.Refusals) == 0 && len(violations) == 0 {
 		say("nothing was shielded: %s loaded no model that the hook could see", program)
 	}
 	if len(violations) > 0 {

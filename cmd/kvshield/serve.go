@@ -118,7 +118,7 @@ func newHost(ctx context.Context, f *serveFlags, program string, args []string) 
 	h.notReady("the engine is starting")
 	if f.mode == modeOff {
 		h.protection = "mode off: the KV cache is in clear"
-		h.dir, err = supervisor.NewRuntimeDir()
+		h.dir, err = supervisor.NewRuntimeDir(f.runtimeDir)
 		return h, err
 	}
 	cfg.EnclaveLost = func() { h.notReady("the enclave died and is started again") }

@@ -80,7 +80,7 @@ bool kvs_caches_declare(struct kvs_cache *list, size_t n)
     memcpy(&refused, copy, sizeof refused);
     memcpy(&first, copy + 4, sizeof first);
     if (refused) {
-        kvs_say("the KV cache of this context needs %llu MiB in the enclave, where %llu of %llu MiB are taken; use a smaller "
+        kvs_say("error: the KV cache of this context needs %llu MiB in the enclave, where %llu of %llu MiB are taken; use a smaller "
                 "context (-c), --enclave-storage q8_0, or a larger --enclave-memory",
                 (unsigned long long)((get64(copy + 8) + (1 << 20) - 1) >> 20), (unsigned long long)(get64(copy + 16) >> 20),
                 (unsigned long long)(get64(copy + 24) >> 20));

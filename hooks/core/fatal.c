@@ -7,11 +7,15 @@
 
 #define PRINT_WITHIN_MS 1000
 
-static size_t line(char *out, size_t len, const char *format, va_list args)
+#define SAID "kvshield: "
+/* A program that started this one looks for such a word in what it prints, to tell its own client why it ended. */
+#define DIED SAID "error: "
+
+static size_t line(char *out, size_t len, const char *prefix, const char *format, va_list args)
 {
-    static const char prefix[] = "kvshield: ";
-    memcpy(out, prefix, sizeof prefix - 1);
-    int n = vsnprintf(out + sizeof prefix - 1, len - sizeof prefix - 1, format, args);
+    size_t start = strlen(prefix);
+    memcpy(out, prefix, start);
+    int n = vsnprintf(out + start, len - start - 1, format, args);
     size_t end = strlen(out);
     (void)n; /* a longer message is cut, not lost */
     out[end] = '\n';
@@ -36,7 +40,7 @@ void kvs_say(const char *format, ...)
     char text[1024] = {0};
     va_list args;
     va_start(args, format);
-    size_t n = line(text, sizeof text, format, args);
+    size_t n = line(text, sizeof text, SAID, format, args);
     va_end(args);
     print(text, n);
 }
@@ -46,11 +50,11 @@ void kvs_die(const char *format, ...)
     char text[1024] = {0};
     va_list args;
     va_start(args, format);
-    size_t n = line(text, sizeof text, format, args);
+    size_t n = line(text, sizeof text, DIED, format, args);
     va_end(args);
     print(text, n);
     text[n - 1] = 0;
-    kvs_session_last_words(text + sizeof "kvshield: " - 1);
+    kvs_session_last_words(text + sizeof DIED - 1);
     /* No atexit handlers: they belong to an engine whose state can no longer be trusted. */
     _exit(1);
 }

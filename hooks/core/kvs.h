@@ -246,7 +246,7 @@ struct kvs_opened {
     int fd;
     char refusal[512]; /* set when action is KVS_ACTION_REFUSE */
 };
-enum { KVS_ACTION_REFUSE = 0, KVS_ACTION_SHIELD = 1, KVS_ACTION_PASS = 2, KVS_ACTION_RESIDE = 3 };
+enum { KVS_ACTION_REFUSE = 0, KVS_ACTION_SHIELD = 1, KVS_ACTION_PASS = 2, KVS_ACTION_RESIDE = 3, KVS_ACTION_CLEAR = 4 };
 KVS_HIDDEN void kvs_session_begin(const char *engine_version);
 KVS_HIDDEN void kvs_session_open(const char *path, int fd, struct kvs_opened *out);
 KVS_HIDDEN void kvs_session_last_words(const char *message); /* best effort, before the end */

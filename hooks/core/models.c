@@ -103,7 +103,7 @@ bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
         if (info.action == KVS_ACTION_SHIELD)
             *model = add(path, &st, &info, fd);
         else if (info.action == KVS_ACTION_REFUSE) {
-            kvs_say("%s: %s", path, info.refusal);
+            kvs_say("error: %s: %s", path, info.refusal);
             *refused = true;
         }
     }
@@ -119,12 +119,12 @@ bool kvs_exchange_fd(int fd, bool *refused)
     if (!is_gguf(fd))
         return false;
     kvs_session_open("(an open file)", fd, &info);
-    if (info.action == KVS_ACTION_PASS || info.action == KVS_ACTION_RESIDE)
+    if (info.action == KVS_ACTION_PASS || info.action == KVS_ACTION_RESIDE || info.action == KVS_ACTION_CLEAR)
         return false;
     if (info.fd >= 0)
         close(info.fd);
     free(info.overlay);
-    kvs_say("this program opens its model through a FILE*, which kvshield cannot exchange; "
+    kvs_say("error: this program opens its model through a FILE*, which kvshield cannot exchange; "
             "have it open the model by its path");
     *refused = true;
     return true;

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -46,6 +47,7 @@ static struct {
     bool have_reply;
     struct message reply;
     uint32_t flags;
+    atomic_bool clear; /* its user allows this process to run in the clear */
     bool dump_wanted;
     struct kvs_dump_request dump;
 } session = {.fd = -1,
@@ -180,12 +182,12 @@ void kvs_session_dumped(uint32_t number, const char *refusal)
 
 bool kvs_session_observes(void)
 {
-    return session.flags & OBSERVE;
+    return (session.flags & OBSERVE) || session.clear;
 }
 
 bool kvs_session_resident(void)
 {
-    return session.flags & RESIDENT;
+    return (session.flags & RESIDENT) && !session.clear;
 }
 
 bool kvs_session_scrubs(void)
@@ -351,6 +353,10 @@ void kvs_session_open(const char *path, int fd, struct kvs_opened *out)
         decode_opened(m, out);
         if (out->action == KVS_ACTION_SHIELD && kvs_session_observes())
             kvs_die("the supervisor shielded a model that is only to be observed");
+        if (out->action == KVS_ACTION_CLEAR) {
+            kvs_say("%s runs IN THE CLEAR, as --allow-unshielded says", path);
+            session.clear = true;
+        }
     } else if (m->h.type == REFUSED) {
         size_t len = m->h.length < sizeof out->refusal ? m->h.length : sizeof out->refusal - 1;
         memcpy(out->refusal, m->body, len);

@@ -87,6 +87,7 @@ const OverlayMax = 300
 type Opened struct {
 	Shield      bool
 	Reside      bool   // the engine opens the model as it is; Model alone is set
+	Clear       bool   // its user allows that the process runs in the clear; nothing else is set
 	Model       uint32 // enclave.ModelID
 	Layers      uint32
 	RowFloats   uint32
@@ -103,6 +104,7 @@ const (
 	actionShield   = 1
 	actionPass     = 2
 	actionReside   = 3
+	actionClear    = 4
 	markerMax      = 63
 	fingerprintMax = 256
 	pathMax        = 4096
@@ -186,6 +188,8 @@ func (o Opened) encode() ([]byte, error) {
 		action = actionShield
 	case o.Reside:
 		action = actionReside
+	case o.Clear:
+		action = actionClear
 	}
 	var b []byte
 	for _, v := range []uint32{action, o.Model, o.Layers, o.RowFloats, o.RotaryDim, math.Float32bits(o.RotaryBase), uint32(len(o.Marker)), uint32(len(o.Fingerprint)), uint32(len(o.Overlay)), uint32(len(o.Pairs)), flags} {

@@ -22,7 +22,7 @@ type loading struct{ seconds float64 }
 
 // measureLoad times a llama-server from its start until it answers that its model is loaded.
 func (c *Config) measureLoad(ctx context.Context, shield Shield) (loading, error) {
-	dir, err := supervisor.NewRuntimeDir()
+	dir, err := supervisor.NewRuntimeDir("")
 	if err != nil {
 		return loading{}, err
 	}

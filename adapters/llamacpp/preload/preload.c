@@ -154,10 +154,12 @@ static bool is_own_path(const char *path)
     return strncmp(path, "/proc/self/fd/", 14) == 0;
 }
 
+static _Thread_local bool quantising; /* what this thread opens is no model to be run */
+
 struct gguf_context *gguf_init_from_file(const char *path, struct kvs_gguf_init_params params)
 {
     struct kvs_ggml *g = CALLER();
-    if (!g->is_llama || !path || is_own_path(path))
+    if (!g->is_llama || !path || is_own_path(path) || quantising)
         return g->gguf_init_from_file(path, params);
     kvs_session_begin(g->version());
     struct kvs_model *m;
@@ -178,7 +180,7 @@ struct gguf_context *gguf_init_from_file_ptr(FILE *file, struct kvs_gguf_init_pa
 {
     struct kvs_ggml *g = CALLER();
     bool refused = false;
-    if (g->is_llama && file) {
+    if (g->is_llama && file && !quantising) {
         kvs_session_begin(g->version());
         kvs_exchange_fd(fileno(file), &refused);
     }
@@ -192,11 +194,11 @@ struct gguf_context *gguf_init_from_file_ptr(FILE *file, struct kvs_gguf_init_pa
 FILE *ggml_fopen(const char *path, const char *mode)
 {
     struct kvs_ggml *g = CALLER();
-    struct kvs_model *m = g->is_llama && path ? kvs_exchanged(path) : NULL;
+    struct kvs_model *m = g->is_llama && path && !quantising ? kvs_exchanged(path) : NULL;
     if (!m)
         return g->fopen(path, mode);
     if (m->used || strchr(mode, 'w') || strchr(mode, '+') || strchr(mode, 'a')) {
-        kvs_say("%s: opened in a way that kvshield does not know, after it was shielded: refused", path);
+        kvs_say("error: %s: opened in a way that kvshield does not know, after it was shielded: refused", path);
         errno = EPERM;
         return NULL;
     }
@@ -338,16 +340,14 @@ void ggml_backend_tensor_set(struct ggml_tensor *t, const void *data, size_t off
         g->tensor_set(t, data, offset, size);
 }
 
-/* Quantising under the shield would write a model with permuted weights to disk. */
+/* Models are quantised as they are: nothing is computed with them, and permuted weights must not be written to disk. */
 uint32_t llama_model_quantize(const char *in, const char *out, const void *params)
 {
+    uint32_t (*real)(const char *, const char *, const void *);
+    *(void **)(void *)&real = kvs_look_up(NULL, "llama_model_quantize", (const void *)(uintptr_t)llama_model_quantize, true);
     kvs_session_begin("");
-    if (kvs_session_resident() || kvs_session_observes()) { /* models are what they are */
-        uint32_t (*real)(const char *, const char *, const void *);
-        *(void **)(void *)&real = kvs_look_up(NULL, "llama_model_quantize", (const void *)(uintptr_t)llama_model_quantize, true);
-        return real(in, out, params);
-    }
-    kvs_say("%s: quantising under the shield would write permuted weights; run llama-quantize without kvshield",
-            in ? in : "model");
-    return 1;
+    quantising = true;
+    uint32_t result = real(in, out, params);
+    quantising = false;
+    return result;
 }
