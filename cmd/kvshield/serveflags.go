@@ -192,7 +192,7 @@ func size(flag, text string, least uint64) (int64, error) {
 }
 
 // apart are the arguments that leave a llama-server no cache but its slots'. They come last, and so win.
-var apart = []string{"--cache-ram", "0", "--slot-prompt-similarity", "0"}
+var apart = []string{"--cache-ram", "0"}
 
 // shares are arguments of llama-server, and their variables, that make it keep more of a request than its slot does.
 var shares = []string{"--model-draft", "-md", "--spec-draft-model", "--spec-draft-hf", "-hfd", "-hfrd", "--hf-repo-draft", "--spec-type", "--spec-default",

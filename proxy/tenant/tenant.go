@@ -5,8 +5,7 @@
 // before another tenant gets the slot. A slot counts as free when the engine has hung up on the request: one that was cancelled may
 // run for a moment longer. Requests for which no slot can be named, or that take several, get the engine to themselves.
 //
-// It relies on an engine that was started with --cache-ram 0 and --slot-prompt-similarity 0 and without speculative decoding:
-// no cache but the slots'. What is not known to be safe is refused.
+// It relies on an engine that was started with --cache-ram 0 and without speculative decoding: no cache but the slots'. What is not known to be safe is refused.
 package tenant
 
 import (
