@@ -45,10 +45,10 @@ type engine struct {
 	patience time.Duration
 }
 
-func (e *engine) handler() http.Handler {
+func (e *engine) handler(way http.RoundTripper) http.Handler {
 	return &httputil.ReverseProxy{
 		Rewrite:        rewrite,
-		Transport:      e.transport(),
+		Transport:      way,
 		FlushInterval:  -1,
 		ModifyResponse: e.watch,
 		ErrorHandler:   e.fail,

@@ -70,10 +70,14 @@ func New(c Config) http.Handler {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	e := &engine{dial: c.Dial, state: c.State, log: c.Log, patience: c.DialPatience}
-	var h http.Handler = e.handler()
+	way := e.transport()
+	if c.Tenants != nil {
+		way = tenant.Transport(way)
+	}
+	var h http.Handler = e.handler(way)
 	if c.Tenants != nil {
 		e.dial = tenant.Dialer(c.Dial)
-		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Flush: e.transport()}, h)
+		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Flush: way}, h)
 	}
 	h = c.timed(h)
 	h = c.limited(h)

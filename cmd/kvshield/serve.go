@@ -33,8 +33,8 @@ const (
 type serveFlags struct {
 	options
 	proxyFlags
-	model, listen, engine string
-	verbose               bool
+	model, listen, engine, upstream string
+	verbose                         bool
 }
 
 func newServe() *cobra.Command {
@@ -54,7 +54,7 @@ started again.`,
 			return nil
 		}),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if f.model == "" {
+			if f.model == "" && f.upstream == "" {
 				return usagef("name a model with -m MODEL.gguf")
 			}
 			if err := f.checkMode(); err != nil {
@@ -68,6 +68,7 @@ started again.`,
 	cmd.Flags().StringVarP(&f.model, "model", "m", "", "path of the model, a GGUF file")
 	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8080", "address to serve on")
 	cmd.Flags().StringVar(&f.engine, "engine", "llama-server", "llama-server to run: a name or a path")
+	cmd.Flags().StringVar(&f.upstream, "upstream", "", "serve an engine that runs under kvshield run already, such as http://127.0.0.1:11434, instead of starting one")
 	cmd.Flags().BoolVarP(&f.verbose, "verbose", "v", false, "show what llama-server prints")
 	_ = cmd.MarkFlagFilename("model", "gguf")
 	return cmd
@@ -81,6 +82,9 @@ func serve(ctx context.Context, f *serveFlags, args []string) error {
 	p, err := f.front(log)
 	if err != nil {
 		return err
+	}
+	if f.upstream != "" {
+		return serveUpstream(ctx, f, p, args)
 	}
 	if p.tenants != nil {
 		if args, err = keptApart(args); err != nil {

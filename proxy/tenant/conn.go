@@ -4,8 +4,10 @@ import (
 	"context"
 	"io"
 	"net"
+	"net/http"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 type leaseKey struct{}
@@ -37,6 +39,36 @@ func Dialer(dial func(context.Context) (net.Conn, error)) func(context.Context) 
 		}
 		return &conn{Conn: c, lease: l}, nil
 	}
+}
+
+// hangUp is how long the end of an answer is held back for the engine to hang up.
+const hangUp = 50 * time.Millisecond
+
+// Transport holds back the end of an answer until the engine has hung up, which it does at once. Else a client that goes on at once
+// would find its own slot in use and be given another one, where nothing of its conversation is.
+func Transport(next http.RoundTripper) http.RoundTripper { return transport{next} }
+
+type transport struct{ http.RoundTripper }
+
+func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := t.RoundTripper.RoundTrip(r)
+	if l, ok := r.Context().Value(leaseKey{}).(*Lease); ok && err == nil {
+		resp.Body = ending{resp.Body, l}
+	}
+	return resp, err
+}
+
+type ending struct {
+	io.ReadCloser
+	lease *Lease
+}
+
+func (e ending) Read(p []byte) (int, error) {
+	n, err := e.ReadCloser.Read(p)
+	if err == io.EOF {
+		e.lease.await(hangUp)
+	}
+	return n, err
 }
 
 // conn is a connection for a lease. Closing it tells the engine that nobody listens any more, and waits in the background until

@@ -94,7 +94,7 @@ func (p *Pool) grant() {
 			s.busy, s.used = true, p.clock
 		}
 		p.waiters.Remove(p.waiters.Front())
-		w.ready <- &Lease{pool: p, engine: p.engine, tenant: w.tenant, slots: chosen, all: w.all}
+		w.ready <- &Lease{pool: p, engine: p.engine, tenant: w.tenant, slots: chosen, all: w.all, quiet: make(chan struct{}, 1)}
 	}
 }
 
@@ -142,6 +142,7 @@ type Lease struct {
 	open     int // connections
 	finished bool
 	over     bool
+	quiet    chan struct{} // gets something when the last connection is gone
 }
 
 // Slot of the engine, -1 when it has all.
@@ -202,7 +203,35 @@ func (l *Lease) attach() error {
 	return nil
 }
 
-func (l *Lease) detach() { l.mu.Lock(); l.open--; l.settle() }
+func (l *Lease) detach() {
+	l.mu.Lock()
+	if l.open--; l.open == 0 {
+		select {
+		case l.quiet <- struct{}{}:
+		default:
+		}
+	}
+	l.settle()
+}
+
+// await gives the engine a moment to hang up.
+func (l *Lease) await(d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	for {
+		l.mu.Lock()
+		open := l.open
+		l.mu.Unlock()
+		if open == 0 {
+			return
+		}
+		select {
+		case <-l.quiet:
+		case <-timer.C:
+			return
+		}
+	}
+}
 
 // Finish ends the request.
 func (l *Lease) Finish() { l.mu.Lock(); l.finished = true; l.settle() }
