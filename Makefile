@@ -4,10 +4,11 @@ SHELL := /bin/sh
 GO ?= go
 CC ?= cc
 
-# Where a fuzz target stops, what is tested, how long that may take, what is timed.
+# Where a fuzz target stops, what is tested, how long that and the load may take, what is timed.
 FUZZTIME ?= 60s
 PACKAGES ?= ./...
 TESTTIME ?= 30m
+LOADTIME ?= 60s
 MODEL ?= .engine/bench.gguf
 BENCHFLAGS ?=
 
@@ -21,7 +22,7 @@ need = @for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || { \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build engine node-host bench-model test tools demo bench fuzz lint generate clean distclean
+.PHONY: help build engine node-host openai-client bench-model test load tools demo bench fuzz lint generate clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +39,9 @@ engine: ## a private stock engine under .engine/
 node-host: ## node-llama-cpp under .engine/node/
 	@scripts/node-host.sh
 
+openai-client: ## the OpenAI JavaScript client under .engine/openai/
+	@scripts/openai-client.sh
+
 bench-model: .engine/bench.gguf ## a synthetic model of about 1.1B parameters, for timing only
 
 .engine/bench.gguf:
@@ -45,7 +49,7 @@ bench-model: .engine/bench.gguf ## a synthetic model of about 1.1B parameters, f
 	$(GO) run ./internal/benchmodel -o $@.part
 	@mv $@.part $@
 
-test: tools build engine node-host ## all tests, with the real engines
+test: tools build engine node-host openai-client ## all tests, with the real engines
 	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout $(TESTTIME) $(PACKAGES)
 
 # What the tests need, said before anything is built.
@@ -57,6 +61,9 @@ demo: build engine ## the shielded server beside the stock one, on the demo mode
 
 bench: build engine $(filter .engine/bench.gguf,$(MODEL)) ## shielded against stock, side by side (MODEL=, BENCHFLAGS=)
 	bin/kvshield bench -m '$(MODEL)' $(BENCHFLAGS)
+
+load: build engine ## 64 clients for LOADTIME through the proxy, and what it adds to an answer's time
+	KVSHIELD_LOAD=$(LOADTIME) $(GO) test ./e2e -run TestLoad -v -count=1 -timeout 10m
 
 fuzz: ## every fuzz target, one after another (FUZZTIME=60s each)
 	@mkdir -p .cache

@@ -6,6 +6,8 @@ import (
 	"mime"
 	"net/http"
 	"strings"
+
+	"github.com/kvshield/kvshield/proxy/reply"
 )
 
 // watch puts an answer between the engine and the client that notices how the body ends.
@@ -47,15 +49,25 @@ func (a *answer) Read(p []byte) (int, error) {
 	if n > 0 {
 		a.last = p[n-1]
 	}
-	if err == nil || err == io.EOF || a.ctx.Err() != nil {
+	if err == nil || err == io.EOF {
 		return n, err
 	}
-	a.engine.log.Warn("the engine stopped in the middle of an answer", "cause", cause(err))
+	late := context.Cause(a.ctx) == errTooLong
+	if a.ctx.Err() != nil && !late {
+		return n, err
+	}
+	if !late {
+		a.engine.log.Warn("the engine stopped in the middle of an answer", "cause", cause(err))
+	}
 	if a.ending == nil {
 		return n, err
 	}
+	why := tooLong
+	if !late {
+		why = broken(a.engine.state(), "in the middle of this answer")
+	}
 	a.cut = true
-	a.tail = a.ending(a.last, broken(a.engine.state(), "in the middle of this answer"))
+	a.tail = a.ending(a.last, why)
 	return n, nil
 }
 
@@ -69,7 +81,7 @@ func (a *answer) readTail(p []byte) (int, error) {
 }
 
 // ending writes how a body ends that was cut after the byte last.
-type ending func(last byte, f failure) []byte
+type ending func(last byte, f reply.Failure) []byte
 
 // endingFor chooses by the body's type. A body with a declared length or an encoding of its own
 // has no room for anything more.
@@ -98,16 +110,16 @@ func identity(h http.Header) bool {
 
 // endEvents closes whatever event is open, so that the error is an event of its own. A blank line
 // too many means nothing in an event stream.
-func endEvents(last byte, f failure) []byte {
+func endEvents(last byte, f reply.Failure) []byte {
 	out := endLine(last)
 	out = append(out, "\ndata: "...)
-	out = append(out, f.json()...)
+	out = append(out, f.JSON()...)
 	return append(out, "\n\n"...)
 }
 
 // endLines writes the error as Ollama does: a string, not an object.
-func endLines(last byte, f failure) []byte {
-	return append(append(endLine(last), f.line()...), '\n')
+func endLines(last byte, f reply.Failure) []byte {
+	return append(append(endLine(last), f.Line()...), '\n')
 }
 
 func endLine(last byte) []byte {

@@ -6,6 +6,8 @@ import (
 	"regexp"
 	"testing"
 	"time"
+
+	"github.com/kvshield/kvshield/proxy/reply"
 )
 
 var (
@@ -20,7 +22,7 @@ func FuzzEndEvents(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, sent []byte) {
 		stream := append(bytes.Clone(sent), endEvents(lastOf(sent), testCut)...)
-		if got := lastEvent(stream); !bytes.Equal(got, testCut.json()) {
+		if got := lastEvent(stream); !bytes.Equal(got, testCut.JSON()) {
 			t.Errorf("after %q the last event is %q", sent, got)
 		}
 	})
@@ -72,7 +74,7 @@ func lastOf(sent []byte) byte {
 
 func TestRetrySecondsRoundUp(t *testing.T) {
 	for ms, want := range map[int64]int{-5000: 1, 0: 1, 1: 1, 1000: 1, 1001: 2, 2500: 3} {
-		if got := retrySeconds(time.Duration(ms) * time.Millisecond); got != want {
+		if got := reply.RetrySeconds(time.Duration(ms) * time.Millisecond); got != want {
 			t.Errorf("%d ms: got %d s, want %d", ms, got, want)
 		}
 	}

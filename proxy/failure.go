@@ -1,79 +1,45 @@
 package proxy
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
-	"strconv"
 	"syscall"
-	"time"
+
+	"github.com/kvshield/kvshield/proxy/reply"
 )
-
-// failure is an error as llama-server and the OpenAI API write it.
-type failure struct {
-	Message string `json:"message"`
-	Type    string `json:"type"`
-	Code    int    `json:"code"`
-}
-
-const (
-	unavailable = "unavailable_error"
-	serverError = "server_error"
-	badRequest  = "invalid_request_error"
-)
-
-// json is the failure as an object: {"error":{"message":…}}.
-func (f failure) json() []byte { return marshal(map[string]failure{"error": f}) }
-
-// line is the failure as Ollama writes it: {"error":"…"}.
-func (f failure) line() []byte { return marshal(map[string]string{"error": f.Message}) }
-
-func marshal(v any) []byte {
-	b, err := json.Marshal(v)
-	if err != nil {
-		panic(err) // strings and a number always marshal
-	}
-	return b
-}
-
-func (f failure) write(w http.ResponseWriter) {
-	h := w.Header()
-	h.Set("Content-Type", "application/json; charset=utf-8")
-	h.Set("Cache-Control", "no-store")
-	w.WriteHeader(f.Code)
-	w.Write(f.json())
-}
 
 // writeUnavailable answers 503 with what happened and when to try again.
 func writeUnavailable(w http.ResponseWriter, st State, what string) {
-	s := retrySeconds(st.RetryAfter)
-	w.Header().Set("Retry-After", strconv.Itoa(s))
-	failure{
-		Message: fmt.Sprintf("%s; send the request again in %d s", what, s),
-		Type:    unavailable,
+	reply.Failure{
+		Message: fmt.Sprintf("%s; send the request again in %d s", what, reply.RetrySeconds(st.RetryAfter)),
+		Type:    reply.Unavailable,
 		Code:    http.StatusServiceUnavailable,
-	}.write(w)
-}
-
-// retrySeconds rounds up: a client that comes back early is turned away again.
-func retrySeconds(d time.Duration) int {
-	return max(1, int((d+time.Second-1)/time.Second))
+	}.WriteRetry(w, st.RetryAfter)
 }
 
 // broken is an engine that stopped; when says at which point of the exchange.
-func broken(st State, when string) failure {
+func broken(st State, when string) reply.Failure {
 	why := ""
 	if !st.Ready && st.Reason != "" {
 		why = " (" + st.Reason + ")"
 	}
-	return failure{
+	return reply.Failure{
 		Message: "the engine stopped " + when + why + "; discard what came of it and send the request again",
-		Type:    serverError,
+		Type:    reply.Server,
 		Code:    http.StatusBadGateway,
 	}
+}
+
+// errTooLong is the cause of a request's context that ran past Config.RequestTimeout.
+var errTooLong = errors.New("the request took too long")
+
+var tooLong = reply.Failure{
+	Message: "the answer was not finished in the time that this server gives a request; ask for fewer tokens, or have --request-timeout raised",
+	Type:    reply.Server,
+	Code:    http.StatusGatewayTimeout,
 }
 
 // cause names a transport failure for the log in fixed words. The text of the error itself may

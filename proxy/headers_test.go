@@ -12,7 +12,7 @@ func TestHopByHopHeadersStopBeforeTheEngine(t *testing.T) {
 	s, _ := front(t, httpEngine(t, func(w http.ResponseWriter, r *http.Request) { seen <- r.Header.Clone() }))
 	req, _ := http.NewRequest("GET", s.URL, nil)
 	for k, v := range map[string]string{
-		"Connection": "X-Hop, Upgrade", "X-Hop": "1", "Upgrade": "websocket", "Keep-Alive": "timeout=5",
+		"Connection": "X-Hop, Upgrade", "X-Hop": "1", "Upgrade": "h2c", "Keep-Alive": "timeout=5",
 		"Proxy-Authorization": "Basic x", "Proxy-Connection": "keep-alive", "Te": "gzip",
 		"Forwarded": "for=1.2.3.4", "X-Forwarded-For": "1.2.3.4",
 		"Authorization": "Bearer key", "X-End": "1",

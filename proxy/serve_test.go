@@ -24,7 +24,7 @@ func serve(t *testing.T, h http.Handler, drain time.Duration) (addr string, stop
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
 	done := make(chan error, 1)
-	go func() { done <- proxy.Serve(ctx, l, h, drain) }()
+	go func() { done <- proxy.Serve(ctx, l, h, proxy.ServeConfig{Drain: drain}) }()
 	return l.Addr().String(), cancel, done
 }
 
@@ -137,7 +137,7 @@ func TestServeIgnoresSilentConnections(t *testing.T) {
 func TestServeReportsABrokenListener(t *testing.T) {
 	l := listen(t)
 	l.Close()
-	if err := proxy.Serve(t.Context(), l, http.NotFoundHandler(), 0); !errors.Is(err, net.ErrClosed) {
+	if err := proxy.Serve(t.Context(), l, http.NotFoundHandler(), proxy.ServeConfig{}); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Serve: %v, want net.ErrClosed", err)
 	}
 }

@@ -3,6 +3,7 @@ package llamacpp
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -122,6 +123,27 @@ func (s *Server) WaitHealthy(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// Slots is how many requests the server works on at a time.
+func (s *Server) Slots(ctx context.Context) (int, error) {
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }, DisableKeepAlives: true}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://llama-server/props", nil)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := (&http.Client{Transport: transport, Timeout: 5 * time.Second}).Do(r)
+	if err != nil {
+		return 0, fmt.Errorf("cannot ask llama-server for its slots: %w", err)
+	}
+	defer resp.Body.Close()
+	var props struct {
+		Slots int `json:"total_slots"`
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<20)).Decode(&props); err != nil || props.Slots < 1 {
+		return 0, errors.New("llama-server does not say how many slots it has; use a newer one")
+	}
+	return props.Slots, nil
 }
 
 // Stop asks the server to end, and ends it when it does not. It returns when the server is gone.

@@ -110,6 +110,9 @@ func runShielded(o *options, child *exec.Cmd, allowed []string) error {
 		return fmt.Errorf("cannot become the reaper of the program's children: %w", err)
 	}
 	endWatch := watchTree(ctx, s)
+	if err := lightBeacon(ctx, o, s); err != nil {
+		return err
+	}
 	child.Env = s.Environment(os.Environ())
 	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	forker.Do(func() { err = child.Start() })

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -22,7 +23,6 @@ import (
 )
 
 const (
-	drainWithin  = 10 * time.Second
 	retryAfter   = 2 * time.Second
 	maxRestarts  = 10 // in a row, without the engine having become ready
 	soundAfter   = 30 * time.Second
@@ -32,8 +32,9 @@ const (
 
 type serveFlags struct {
 	options
-	model, listen, engine string
-	verbose               bool
+	proxyFlags
+	model, listen, engine, upstream string
+	verbose                         bool
 }
 
 func newServe() *cobra.Command {
@@ -53,7 +54,7 @@ started again.`,
 			return nil
 		}),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if f.model == "" {
+			if f.model == "" && f.upstream == "" {
 				return usagef("name a model with -m MODEL.gguf")
 			}
 			if err := f.checkMode(); err != nil {
@@ -62,16 +63,34 @@ started again.`,
 			return serve(cmd.Context(), &f, args)
 		},
 	}
-	f.register(cmd)
+	f.options.register(cmd)
+	f.proxyFlags.register(cmd)
 	cmd.Flags().StringVarP(&f.model, "model", "m", "", "path of the model, a GGUF file")
 	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8080", "address to serve on")
 	cmd.Flags().StringVar(&f.engine, "engine", "llama-server", "llama-server to run: a name or a path")
+	cmd.Flags().StringVar(&f.upstream, "upstream", "", "serve an engine that runs under kvshield run already, such as http://127.0.0.1:11434, instead of starting one")
 	cmd.Flags().BoolVarP(&f.verbose, "verbose", "v", false, "show what llama-server prints")
 	_ = cmd.MarkFlagFilename("model", "gguf")
 	return cmd
 }
 
 func serve(ctx context.Context, f *serveFlags, args []string) error {
+	log, err := f.logger()
+	if err != nil {
+		return err
+	}
+	p, err := f.front(log)
+	if err != nil {
+		return err
+	}
+	if f.upstream != "" {
+		return serveUpstream(ctx, f, p, args)
+	}
+	if p.tenants != nil {
+		if args, err = keptApart(args); err != nil {
+			return err
+		}
+	}
 	program, err := llamacpp.Find(f.engine)
 	if err != nil {
 		return err
@@ -81,15 +100,19 @@ func serve(ctx context.Context, f *serveFlags, args []string) error {
 		return fmt.Errorf("cannot listen on %s: %w; choose another address with --listen", f.listen, err)
 	}
 	defer listener.Close()
+	if err := f.secure(p, listener.Addr()); err != nil {
+		return err
+	}
 	h, err := newHost(ctx, f, program, args)
 	if err != nil {
 		return err
 	}
+	h.front = p
 	defer h.close()
 	if err := h.startFirst(ctx); err != nil {
 		return err
 	}
-	say("serving %s on http://%s (%s)", f.model, listener.Addr(), h.protection)
+	say("serving %s on %s://%s (%s)", f.model, p.scheme, listener.Addr(), h.protection)
 	return h.serve(ctx, listener)
 }
 
@@ -104,6 +127,9 @@ type host struct {
 	env        []string
 	passes     bool // its model keeps nothing, and is opened as it is
 	protection string
+	front      *front
+	since      time.Time
+	starts     atomic.Int64
 	server     atomic.Pointer[llamacpp.Server]
 	reason     atomic.Pointer[string]   // why requests cannot be answered; nil when they can
 	endWatch   func() []watch.Violation // nil while nothing is watched
@@ -114,7 +140,7 @@ func newHost(ctx context.Context, f *serveFlags, program string, args []string) 
 	if err != nil {
 		return nil, err
 	}
-	h := &host{flags: f, program: program, args: args, log: cfg.Log, env: os.Environ()}
+	h := &host{flags: f, program: program, args: args, log: cfg.Log, env: os.Environ(), since: time.Now().UTC().Truncate(time.Second)}
 	h.notReady("the engine is starting")
 	if f.mode == modeOff {
 		h.protection = "mode off: the KV cache is in clear"
@@ -171,6 +197,9 @@ func (h *host) start(ctx context.Context) error {
 	if h.flags.verbose {
 		c.Output = os.Stderr
 	}
+	if h.front.tenants != nil {
+		h.front.tenants.Resize(0) // nothing that was meant for the engine before reaches this one
+	}
 	s, err := llamacpp.StartServer(c)
 	if err != nil {
 		return err
@@ -183,6 +212,16 @@ func (h *host) start(ctx context.Context) error {
 		s.Kill()
 		return fmt.Errorf("%s loaded its model past kvshield's hook; use a build of llama.cpp with shared libraries (BUILD_SHARED_LIBS=ON)", h.program)
 	}
+	if h.front.tenants != nil {
+		slots, err := s.Slots(ctx)
+		if err != nil {
+			s.Kill()
+			return err
+		}
+		h.front.tenants.KeepsNothing = h.passes
+		defer h.front.tenants.Resize(slots)
+	}
+	h.starts.Add(1)
 	h.server.Store(s)
 	h.reason.Store(nil)
 	return nil
@@ -224,13 +263,23 @@ func (h *host) serve(ctx context.Context, l net.Listener) error {
 			cancel(err)
 		}
 	}()
-	handler := proxy.New(proxy.Config{Dial: h.dial, State: h.state, Log: h.log})
-	err := proxy.Serve(ctx, l, handler, drainWithin)
+	reloadKeys(ctx, h.front.config.Keys, func() error { return nil })
+	err := proxy.Serve(ctx, l, h.handler(), h.front.serve)
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 		return cause
 	}
 	return err
 }
+
+// handler is what answers clients.
+func (h *host) handler() http.Handler {
+	c := h.front.config
+	c.Dial, c.State, c.Status = h.dial, h.state, h.status
+	return proxy.New(h.watched(c))
+}
+
+// watched is where telemetry attaches: an Observer for the proxy's events, pages of its own below /kvshield/ in Own.
+func (h *host) watched(c proxy.Config) proxy.Config { return c }
 
 func (h *host) dial(ctx context.Context) (net.Conn, error) { return h.server.Load().Dial(ctx) }
 

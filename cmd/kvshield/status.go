@@ -1,0 +1,77 @@
+package main
+
+import (
+	"context"
+	"path/filepath"
+	"time"
+
+	"github.com/kvshield/kvshield/adapters/supervisor"
+)
+
+// status is what /kvshield/status shows. It holds nothing of a request, and no key.
+type status struct {
+	Mode        string         `json:"mode"`
+	Model       string         `json:"model,omitempty"`
+	Health      health         `json:"health"`
+	Enclave     *enclaveStatus `json:"enclave"` // null in mode off
+	Transitions *transitions   `json:"transitions"`
+	Keys        string         `json:"api_keys"` // none, apart, or shared
+	Since       time.Time      `json:"since"`
+}
+
+type health struct {
+	Ready  bool   `json:"ready"`
+	Reason string `json:"reason,omitempty"`
+	Starts int64  `json:"engine_starts"`
+}
+
+type enclaveStatus struct {
+	Backend   string `json:"backend"`
+	Hardware  bool   `json:"hardware_protection"`
+	Statement string `json:"statement"`
+	Evidence  int    `json:"evidence_bytes"` // of a remote attestation; 0 without hardware
+}
+
+// transitions are totals of the run. The socket data plane counts none.
+type transitions struct {
+	Count    uint64 `json:"count"`
+	Bytes    uint64 `json:"bytes"`
+	Shielded int    `json:"models_shielded"`
+	Refused  int    `json:"models_refused"`
+	Fatal    int    `json:"engines_ended"`
+}
+
+const attestWithin = 2 * time.Second
+
+func (h *host) status() any {
+	s := status{Mode: h.flags.mode, Model: filepath.Base(h.flags.model), Keys: h.front.keys(), Since: h.since}
+	st := h.state()
+	s.Health = health{Ready: st.Ready, Reason: st.Reason, Starts: h.starts.Load()}
+	s.Enclave, s.Transitions = shieldStatus(h.shield)
+	return s
+}
+
+func shieldStatus(s *supervisor.Supervisor) (*enclaveStatus, *transitions) {
+	if s == nil {
+		return nil, nil
+	}
+	var a *enclaveStatus
+	ctx, cancel := context.WithTimeout(context.Background(), attestWithin)
+	defer cancel()
+	if r, err := s.Attest(ctx, nil); err == nil {
+		a = &enclaveStatus{Backend: r.Backend, Hardware: r.Hardware, Statement: r.Statement, Evidence: len(r.Evidence)}
+	}
+	e := s.Events()
+	n := s.Statistics()
+	return a, &transitions{Count: n.Transitions, Bytes: n.Bytes, Shielded: e.Shielded, Refused: len(e.Refusals), Fatal: len(e.Fatal)}
+}
+
+func (f *front) keys() string {
+	switch {
+	case f.config.Keys == nil:
+		return "none"
+	case f.tenants == nil:
+		return "shared"
+	}
+	return "apart"
+}
