@@ -15,8 +15,8 @@ import (
 
 func main() {
 	if err := run(context.Background()); err != nil {
-		if !errors.Is(err, hook.ErrRefused) {
-			fmt.Fprintln(os.Stderr, "kvshield:", err)
+		if !errors.Is(err, hook.ErrRefused) { // which the hook has said
+			fmt.Fprintln(os.Stderr, "Error:", err)
 		}
 		os.Exit(1)
 	}
@@ -39,13 +39,5 @@ func run(ctx context.Context) error {
 			os.Args = append(os.Args[:2:2], args...)
 		}
 	}
-	// Ollama's commands say themselves what went wrong, on standard error.
-	cli := cmd.NewCLI()
-	cli.SilenceErrors = true
-	err := cli.ExecuteContext(ctx)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "Error:", err)
-		os.Exit(1)
-	}
-	return nil
+	return cmd.NewCLI().ExecuteContext(ctx)
 }
