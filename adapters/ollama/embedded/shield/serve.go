@@ -13,6 +13,9 @@ import (
 	"github.com/kvshield/kvshield/adapters/supervisor"
 )
 
+// hookSum is set when the command is linked, and so links again whatever is new in the hook's archive.
+var hookSum string
+
 // Modes that KVSHIELD_MODE may name.
 const (
 	Resident = "resident"
@@ -61,6 +64,7 @@ func Serve(ctx context.Context) (stop func(), err error) {
 	if !report.Hardware {
 		protection += ": no hardware protection"
 	}
+	slog.Debug("kvshield-ollama", "hook", hookSum)
 	say("mode %s, %s", mode, protection)
 	return s.Close, nil
 }
