@@ -36,7 +36,7 @@ build: ## the command, the enclave and the hook, into bin/
 engine: ## a private stock engine under .engine/
 	@scripts/engine.sh
 
-ollama: build ## Ollama's embedded generation, shielded and stock (bin/kvshield-ollama)
+ollama: build ## work in progress: Ollama's embedded generation, shielded and stock (bin/kvshield-ollama)
 	@CC='$(CC)' scripts/ollama.sh
 
 node-host: ## node-llama-cpp under .engine/node/
@@ -54,7 +54,6 @@ bench-model: .engine/bench.gguf ## a synthetic model of about 1.1B parameters, f
 
 test: tools build engine node-host openai-client ## all tests, with the real engines
 	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout $(TESTTIME) $(PACKAGES)
-	cd adapters/ollama/embedded/e2e && $(GO) test -count=1 -timeout 10m .
 
 # What the tests need, said before anything is built.
 tools:
