@@ -22,7 +22,7 @@ need = @for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || { \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build engine node-host openai-client bench-model test load tools demo bench fuzz lint generate clean distclean
+.PHONY: help build engine ollama node-host openai-client bench-model test load tools demo bench fuzz lint generate clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ build: ## the command, the enclave and the hook, into bin/
 
 engine: ## a private stock engine under .engine/
 	@scripts/engine.sh
+
+ollama: build ## work in progress: Ollama's embedded generation, shielded and stock (bin/kvshield-ollama)
+	@CC='$(CC)' scripts/ollama.sh
 
 node-host: ## node-llama-cpp under .engine/node/
 	@scripts/node-host.sh

@@ -28,7 +28,7 @@ import (
 
 // Config of a supervisor.
 type Config struct {
-	Hook      string            // path of libkvshield.so
+	Hook      string            // path of libkvshield.so; empty where the engines have the hook linked in
 	Enclave   string            // path of the enclave's program
 	Args      []string          // arguments of the enclave's program, before the runtime directory's
 	Transport session.Transport // of the data plane; zero: shared memory
@@ -109,7 +109,7 @@ func New(ctx context.Context, cfg Config) (*Supervisor, error) {
 	if cfg.Observe && !cfg.Audit {
 		return nil, errors.New("a run that is not shielded can be observed only in an audit")
 	}
-	if _, err := os.Stat(cfg.Hook); err != nil {
+	if _, err := os.Stat(cfg.Hook); cfg.Hook != "" && err != nil {
 		return nil, fmt.Errorf("the hook library %s is missing; build it with `make build`, or name it with --hook", cfg.Hook)
 	}
 	dir, err := NewRuntimeDir(cfg.Directory)
@@ -127,15 +127,10 @@ func New(ctx context.Context, cfg Config) (*Supervisor, error) {
 }
 
 func (s *Supervisor) begin() error {
-	// LD_PRELOAD separates names by spaces and colons, so the hook gets a name without either.
-	s.hook = s.dir.Path("libkvshield.so")
-	absolute, err := filepath.Abs(s.cfg.Hook)
-	if err != nil {
+	if err := s.placeHook(); err != nil {
 		return err
 	}
-	if err := os.Symlink(absolute, s.hook); err != nil {
-		return err
-	}
+	var err error
 	if !s.cfg.Observe {
 		if s.enclave, err = plugin.Start(s.enclaveOptions()); err != nil {
 			return err
@@ -155,6 +150,19 @@ func (s *Supervisor) begin() error {
 		}
 	})
 	return nil
+}
+
+// placeHook gives the hook a name without spaces and colons, which separate names in LD_PRELOAD.
+func (s *Supervisor) placeHook() error {
+	if s.cfg.Hook == "" {
+		return nil
+	}
+	absolute, err := filepath.Abs(s.cfg.Hook)
+	if err != nil {
+		return err
+	}
+	s.hook = s.dir.Path("libkvshield.so")
+	return os.Symlink(absolute, s.hook)
 }
 
 func (s *Supervisor) enclaveOptions() plugin.Options {
@@ -178,6 +186,9 @@ func (s *Supervisor) Environment(base []string) []string {
 	}
 	return append(env, "LD_PRELOAD="+preload, "KVSHIELD_SOCKET="+s.server.Path)
 }
+
+// Socket is the path that KVSHIELD_SOCKET has to name.
+func (s *Supervisor) Socket() string { return s.server.Path }
 
 // Hook is the base name under which the hook library is seen in a process.
 func (s *Supervisor) Hook() string { return filepath.Base(s.cfg.Hook) }

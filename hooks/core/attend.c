@@ -77,8 +77,32 @@ struct batch_head {
 };
 _Static_assert(sizeof(struct batch_head) == 48, "the head of a batch is 48 bytes on the wire");
 
+/*
+ * A mask that begins at a later cell, with what hides the cells before it in front of each row: minus infinity.
+ */
+static uint8_t *widen_mask(struct kvs_ggml *g, const struct kvs_slot *s, size_t *size)
+{
+    bool half = kvs_type(g, s->mask) == KVS_GGML_TYPE_F16;
+    size_t each = half ? 2 : 4, rows = (size_t)kvs_ne(g, s->mask)[1], before = s->first * each, row = s->visible * each;
+    uint8_t *all = malloc(rows * (before + row));
+    if (!all)
+        kvs_die("out of memory");
+    for (size_t i = 0; i < rows; i++) {
+        uint8_t *at = all + i * (before + row);
+        for (uint32_t j = 0; j < s->first; j++)
+            if (half)
+                memcpy(at + j * each, &(uint16_t){0xfc00}, each);
+            else
+                memcpy(at + j * each, &(uint32_t){0xff800000}, each);
+        g->tensor_get(s->mask, at + before, i * row, row);
+    }
+    *size = rows * (before + row);
+    return all;
+}
+
 /* The batch's bytes from `at` on: cell numbers, then the mask. */
-static void batch_bytes(struct kvs_ggml *g, const struct kvs_slot *s, const int64_t *cells, size_t at, size_t len, uint8_t *out)
+static void batch_bytes(struct kvs_ggml *g, const struct kvs_slot *s, const int64_t *cells, const uint8_t *widened, size_t at, size_t len,
+                        uint8_t *out)
 {
     size_t cell_bytes = s->tokens * sizeof *cells;
     if (at < cell_bytes) {
@@ -88,7 +112,9 @@ static void batch_bytes(struct kvs_ggml *g, const struct kvs_slot *s, const int6
         at += n;
         len -= n;
     }
-    if (len > 0)
+    if (len > 0 && widened)
+        memcpy(out, widened + at - cell_bytes, len);
+    else if (len > 0)
         g->tensor_get(s->mask, out, at - cell_bytes, len);
 }
 
@@ -115,8 +141,11 @@ static const struct kvs_slot *owners[KVS_SLOTS];
 
 static void send_batch(struct kvs_ggml *g, struct kvs_slot *s, uint32_t number)
 {
-    struct batch_head h = {.tokens = s->tokens, .blocks = s->blocks, .visible = s->visible};
+    struct batch_head h = {.tokens = s->tokens, .blocks = s->blocks, .visible = s->first + s->visible};
     size_t mask = 0;
+    uint8_t *widened = NULL;
+    if (s->first > 0 && !s->mask)
+        kvs_die("the engine looks at a part of its cache, without a mask");
     if (s->mask) {
         const int64_t *ne = kvs_ne(g, s->mask);
         int type = kvs_type(g, s->mask);
@@ -126,6 +155,8 @@ static void send_batch(struct kvs_ggml *g, struct kvs_slot *s, uint32_t number)
         h.mask = type == KVS_GGML_TYPE_F16 ? 1 : 2;
         h.rows = (uint32_t)ne[1];
         mask = g->nbytes(s->mask);
+        if (s->first > 0)
+            widened = widen_mask(g, s, &mask);
     }
     int64_t *cells = malloc(s->tokens * sizeof *cells);
     if (!cells)
@@ -138,7 +169,7 @@ static void send_batch(struct kvs_ggml *g, struct kvs_slot *s, uint32_t number)
     while (h.offset < h.total) {
         size_t n = h.total - h.offset < room ? (size_t)(h.total - h.offset) : room;
         memcpy(body, &h, sizeof h);
-        batch_bytes(g, s, cells, (size_t)h.offset, n, body + sizeof h);
+        batch_bytes(g, s, cells, widened, (size_t)h.offset, n, body + sizeof h);
         call.payload = (uint32_t)(sizeof h + n);
         kvs_channel_call(&call);
         h.offset += n;
@@ -146,6 +177,7 @@ static void send_batch(struct kvs_ggml *g, struct kvs_slot *s, uint32_t number)
     owners[number] = s;
     kvs_channel_end(&call);
     free(cells);
+    free(widened);
     s->sent = true;
 }
 

@@ -1,8 +1,8 @@
 /*
  * The kvshield hook: C that lives inside the engine's process.
  *
- * An interposer (adapters/llamacpp/preload) receives the engine's calls and hands them to the four entry
- * points at the end of this file. One thread of the hook reads the session socket; everything else
+ * An interposer (adapters/llamacpp/preload, or adapters/ollama/embedded/hook/link) receives the engine's calls and hands
+ * them to entry.c, which calls the entry points at the end of this file. One thread of the hook reads the session socket; everything else
  * runs on the engine's own threads. There is one way to fail: kvs_die, which ends the process,
  * because an engine that goes on without the enclave would answer with garbage or in the clear.
  *
@@ -50,6 +50,7 @@ struct kvs_backend;
 struct kvs_ggml {
     const void *caller; /* load address of the library that called us */
     bool is_llama;      /* the caller is libllama, so a GGUF it opens is a model */
+    bool cache_heads;   /* caches keep heads apart: [floats of a head, heads, cells], not [floats, cells, streams] */
     struct kvs_layout layout;
     struct kvs_backend *backend; /* backend.c's; NULL until it is asked for */
     uint8_t ops[256];            /* resident.c's: what an operation's number means in this ggml, once seen */
@@ -312,6 +313,8 @@ KVS_HIDDEN struct kvs_model *kvs_exchanged(const char *path);
 /* The model whose memory file this descriptor is, if parts of it have to come from the original. */
 KVS_HIDDEN struct kvs_model *kvs_model_of_file(int fd);
 KVS_HIDDEN void kvs_model_consumed(struct kvs_model *m);
+/* Makes the model's file whole, for an engine whose reads the hook does not see. */
+KVS_HIDDEN void kvs_model_complete(struct kvs_model *m);
 KVS_HIDDEN void kvs_model_path(const struct kvs_model *m, char *out, size_t len);
 KVS_HIDDEN struct kvs_model *kvs_model_of_marker(const struct kvs_ggml *g, const struct ggml_tensor *t);
 KVS_HIDDEN bool kvs_model_is_marker(const char *name);

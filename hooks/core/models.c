@@ -169,11 +169,18 @@ void kvs_model_path(const struct kvs_model *m, char *out, size_t len)
     snprintf(out, len, "/proc/self/fd/%d", m->info.fd);
 }
 
+/* Ollama's own engine gives every layer its copy of the model's frequency factors, "blk.N.NAME". */
+static bool is_named(const char *marker, const char *name)
+{
+    size_t digits = strncmp(name, "blk.", 4) == 0 ? strspn(name + 4, "0123456789") : 0;
+    return strcmp(marker, name) == 0 || (digits > 0 && name[4 + digits] == '.' && strcmp(marker, name + 5 + digits) == 0);
+}
+
 bool kvs_model_is_marker(const char *name)
 {
     pthread_mutex_lock(&lock);
     struct kvs_model *m = models;
-    while (m && strcmp(m->info.marker, name) != 0)
+    while (m && !is_named(m->info.marker, name))
         m = m->next;
     pthread_mutex_unlock(&lock);
     return m != NULL;

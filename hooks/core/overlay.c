@@ -197,3 +197,23 @@ int kvs_overlay_fileno(FILE *file)
     pthread_mutex_unlock(&lock);
     return fd;
 }
+
+void kvs_model_complete(struct kvs_model *m)
+{
+    if (m->original < 0)
+        return;
+    struct stream *s = new_stream(m);
+    static char buf[1 << 20];
+    int whole = memfd_create("kvshield-model", MFD_CLOEXEC);
+    if (whole < 0)
+        kvs_die("no memory for the shielded model: %s", strerror(errno));
+    for (ssize_t n; (n = stream_read(s, buf, sizeof buf)) != 0;)
+        if (n < 0 || write(whole, buf, (size_t)n) != n)
+            kvs_die("the shielded model cannot be copied: %s; it needs as much free memory as the model's file has bytes", strerror(errno));
+    release(s);
+    close(m->info.fd);
+    close(m->original);
+    m->info.fd = whole;
+    m->original = -1;
+    kvs_model_consumed(m);
+}

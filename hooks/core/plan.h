@@ -37,7 +37,7 @@ struct kvs_write {
 /* What the layers of one cache share in a graph. */
 struct kvs_slot {
     const struct ggml_tensor *mask, *cells;
-    uint32_t tokens, blocks, visible; /* tokens; streams; cells that a row of the mask looks at */
+    uint32_t tokens, blocks, first, visible; /* tokens; streams; first cell that a row of the mask looks at, and how many */
     bool sent;
 };
 
@@ -53,7 +53,7 @@ struct kvs_step {
     const struct ggml_tensor *q, *sinks, *mask;
     struct kvs_write *keys, *values; /* NULL when an earlier layer has written them */
     const struct kvs_write *cells_of;
-    uint32_t slot, visible;
+    uint32_t slot, first, visible;
     float scale, max_bias, softcap;
     bool flash, scrub_q;
     struct kvs_cache shape; /* as this step sees it; declared when it is new */

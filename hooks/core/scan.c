@@ -99,16 +99,35 @@ static uint32_t storage_of(int type)
     return 2;
 }
 
+/* The first cell that is looked at. libllama begins with the first of all; where an engine does not, a cell is as long as its keys. */
+static uint32_t first_cell(struct kvs_ggml *g, const struct kvs_step *s, const struct ggml_tensor *kview, int64_t streams)
+{
+    if (!g->cache_heads)
+        return 0;
+    const struct ggml_tensor *view = kview;
+    while (kvs_op(g, view) == KVS_OP_COPY)
+        view = kvs_src(g, view, 0);
+    const char *from = g->get_data(view), *all = g->get_data(s->k);
+    size_t cell = kvs_nb(g, s->k)[2], offset = (size_t)(from - all);
+    if (!from || !all || from < all || offset % cell != 0 || streams != 1)
+        not_known(g, s->node, "looks at a part of a cell");
+    return (uint32_t)(offset / cell);
+}
+
 /* What an attention over these views of a cache looks like. K: [d, visible, heads, streams], Q: [d, tokens, heads, streams]. */
 static void shape(struct kvs_ggml *g, struct kvs_step *s, const struct ggml_tensor *kview, const struct ggml_tensor *v,
                   uint32_t dim_v)
 {
     const int64_t *k = kvs_ne(g, kview), *q = kvs_ne(g, s->q), *all = kvs_ne(g, s->k);
     uint32_t layer = (uint32_t)strtoul(kvs_name(g, s->k) + 9, NULL, 10);
-    if (q[0] != k[0] || q[3] != k[3] || k[2] == 0 || q[2] % k[2] != 0 || all[0] != k[0] * k[2] ||
-        kvs_type(g, s->q) != KVS_GGML_TYPE_F32)
+    bool fits = g->cache_heads ? all[0] == k[0] && all[1] == k[2] : all[0] == k[0] * k[2];
+    int64_t cells = g->cache_heads ? all[2] : all[1], streams = g->cache_heads ? all[3] : all[2];
+    if (q[0] != k[0] || q[3] != k[3] || k[2] == 0 || q[2] % k[2] != 0 || !fits || kvs_type(g, s->q) != KVS_GGML_TYPE_F32)
         not_known(g, s->node, "has queries that do not fit its keys");
+    s->first = first_cell(g, s, kview, streams);
     s->visible = (uint32_t)k[1];
+    if (s->first + k[1] > cells)
+        not_known(g, s->node, "looks at cells behind the last one");
     s->shape = (struct kvs_cache){.k = s->k,
                                   .v = v,
                                   .buffer = kvs_buffer(g, s->k),
@@ -117,8 +136,8 @@ static void shape(struct kvs_ggml *g, struct kvs_step *s, const struct ggml_tens
                                   .kv_heads = (uint32_t)k[2],
                                   .dim_k = (uint32_t)k[0],
                                   .dim_v = dim_v,
-                                  .cells = (uint32_t)all[1],
-                                  .streams = (uint32_t)all[2],
+                                  .cells = (uint32_t)cells,
+                                  .streams = (uint32_t)streams,
                                   .storage = storage_of(kvs_type(g, s->k))};
 }
 
@@ -369,9 +388,11 @@ static void find_slots(struct kvs_plan *p, struct kvs_ggml *g)
                                                           .cells = cells,
                                                           .tokens = (uint32_t)(q[1] * q[3]),
                                                           .blocks = (uint32_t)q[3],
+                                                          .first = s->first,
                                                           .visible = s->visible};
         s->slot = (uint32_t)j;
-        if (kvs_ne(g, cells)[0] != q[1] * q[3] || p->slots[j].tokens != (uint32_t)(q[1] * q[3]) || p->slots[j].visible != s->visible)
+        if (kvs_ne(g, cells)[0] != q[1] * q[3] || p->slots[j].tokens != (uint32_t)(q[1] * q[3]) || p->slots[j].visible != s->visible ||
+            p->slots[j].first != s->first)
             not_known(g, s->node, "has another number of queries than of keys");
     }
 }

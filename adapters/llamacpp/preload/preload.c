@@ -7,6 +7,7 @@
  * libllama with local scope, where RTLD_NEXT does not see it.
  */
 #define _GNU_SOURCE
+#include "entry.h"
 #include "preload.h"
 
 #include <dlfcn.h>
@@ -35,6 +36,16 @@ void *kvs_look_up(void *handle, const char *name, const void *own, bool required
     if ((!real || real == own) && required)
         kvs_die("this engine's ggml has no function %s; kvshield does not know this version of llama.cpp", name);
     return real == own ? NULL : real;
+}
+
+/* The real function of a library that calls this one. */
+kvs_function kvs_real(const char *name, const void *own, const void *caller)
+{
+    Dl_info at;
+    void *handle = dladdr(caller, &at) ? dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    kvs_function f;
+    *(void **)(void *)&f = kvs_look_up(handle, name, own, true);
+    return f;
 }
 
 EXPORT struct gguf_context *gguf_init_from_file(const char *, struct kvs_gguf_init_params);
@@ -148,67 +159,24 @@ static struct kvs_ggml *ggml_of_often(const void *address)
     return seen[i].g;
 }
 
-/* Opened again under another name, or under the memory file's own: not the engine's first look at a model. */
-static bool is_own_path(const char *path)
-{
-    return strncmp(path, "/proc/self/fd/", 14) == 0;
-}
-
 static _Thread_local bool quantising; /* what this thread opens is no model to be run */
 
 struct gguf_context *gguf_init_from_file(const char *path, struct kvs_gguf_init_params params)
 {
     struct kvs_ggml *g = CALLER();
-    if (!g->is_llama || !path || is_own_path(path) || quantising)
-        return g->gguf_init_from_file(path, params);
-    kvs_session_begin(g->version());
-    struct kvs_model *m;
-    bool refused;
-    if (kvs_exchange(path, &m, &refused)) {
-        char shielded[64];
-        kvs_model_path(m, shielded, sizeof shielded);
-        return g->gguf_init_from_file(shielded, params);
-    }
-    if (refused) {
-        errno = EPERM;
-        return NULL;
-    }
-    return g->gguf_init_from_file(path, params);
+    return quantising ? g->gguf_init_from_file(path, params) : kvs_entry_gguf(g, path, params);
 }
 
 struct gguf_context *gguf_init_from_file_ptr(FILE *file, struct kvs_gguf_init_params params)
 {
     struct kvs_ggml *g = CALLER();
-    bool refused = false;
-    if (g->is_llama && file && !quantising) {
-        kvs_session_begin(g->version());
-        kvs_exchange_fd(fileno(file), &refused);
-    }
-    if (refused) {
-        errno = EPERM;
-        return NULL;
-    }
-    return g->gguf_init_from_file_ptr(file, params);
+    return quantising ? g->gguf_init_from_file_ptr(file, params) : kvs_entry_gguf_ptr(g, file, params);
 }
 
 FILE *ggml_fopen(const char *path, const char *mode)
 {
     struct kvs_ggml *g = CALLER();
-    struct kvs_model *m = g->is_llama && path && !quantising ? kvs_exchanged(path) : NULL;
-    if (!m)
-        return g->fopen(path, mode);
-    if (m->used || strchr(mode, 'w') || strchr(mode, '+') || strchr(mode, 'a')) {
-        kvs_say("error: %s: opened in a way that kvshield does not know, after it was shielded: refused", path);
-        errno = EPERM;
-        return NULL;
-    }
-    if (m->original >= 0) {
-        kvs_model_consumed(m);
-        return kvs_overlay_open(m);
-    }
-    char shielded[64];
-    kvs_model_path(m, shielded, sizeof shielded);
-    return g->fopen(shielded, mode);
+    return quantising ? g->fopen(path, mode) : kvs_entry_fopen(g, path, mode);
 }
 
 EXPORT int fileno(FILE *file)
@@ -222,34 +190,14 @@ EXPORT int fileno(FILE *file)
     return real(file);
 }
 
-/* A raw system call where it is none of our business: the dynamic linker itself needs memory to look a function up. */
-static void *map(void *at, size_t len, int prot, int flags, int fd, off64_t offset)
-{
-    if (fd >= 0 && at == NULL && offset == 0 && prot == PROT_READ && (flags & MAP_SHARED)) {
-        struct kvs_model *m = kvs_model_of_file(fd);
-        if (m)
-            return kvs_overlay_map(m, len, prot, flags);
-    }
-    return (void *)syscall(SYS_mmap, at, len, prot, flags, fd, (long)offset);
-}
-
 EXPORT void *mmap(void *at, size_t len, int prot, int flags, int fd, off_t offset)
 {
-    return map(at, len, prot, flags, fd, offset);
+    return kvs_entry_mmap(at, len, prot, flags, fd, offset);
 }
 
 EXPORT void *mmap64(void *at, size_t len, int prot, int flags, int fd, off64_t offset)
 {
-    return map(at, len, prot, flags, fd, offset);
-}
-
-/*
- * libllama opens a model for direct I/O by its path, past ggml_fopen. Told that this is not to be
- * had, it falls back to ggml_fopen.
- */
-static bool is_direct_open_of_model(const char *path, int flags)
-{
-    return (flags & O_DIRECT) && path && kvs_exchanged(path);
+    return kvs_entry_mmap(at, len, prot, flags, fd, offset);
 }
 
 #define DEFINE_OPEN(name)                                                                          \
@@ -265,7 +213,7 @@ static bool is_direct_open_of_model(const char *path, int flags)
         }                                                                                          \
         if (!real)                                                                                 \
             *(void **)(void *)&real = dlsym(RTLD_NEXT, #name);                                     \
-        if (is_direct_open_of_model(path, flags)) {                                                \
+        if (kvs_entry_is_direct(path, flags)) {                                                \
             errno = EINVAL;                                                                        \
             return -1;                                                                             \
         }                                                                                          \
@@ -281,63 +229,42 @@ void ggml_backend_sched_set_eval_callback(void *sched, kvs_eval_callback callbac
 
 int ggml_backend_sched_graph_compute_async(void *sched, struct ggml_cgraph *graph)
 {
-    struct kvs_ggml *g = CALLER();
-    /* Scheduled by ggml itself on behalf of a projector, or by a library that is not libllama. */
-    if (!g->is_llama)
-        return g->graph_compute_async(sched, graph);
-    kvs_session_begin(g->version());
-    return kvs_graph_compute(g, sched, graph);
+    return kvs_entry_compute(CALLER(), sched, graph);
 }
 
 bool ggml_backend_sched_alloc_graph(void *sched, struct ggml_cgraph *graph)
 {
-    struct kvs_ggml *g = ggml_of_often(__builtin_return_address(0));
-    kvs_graph_laid_out(sched);
-    return g->sched_alloc(sched, graph);
+    return kvs_entry_alloc(ggml_of_often(__builtin_return_address(0)), sched, graph);
 }
 
 bool ggml_backend_sched_reserve(void *sched, struct ggml_cgraph *graph)
 {
-    struct kvs_ggml *g = CALLER();
-    if (!g->is_llama)
-        return g->sched_reserve(sched, graph);
-    kvs_session_begin(g->version());
-    return kvs_graph_reserve(g, sched, graph);
+    return kvs_entry_reserve(CALLER(), sched, graph);
 }
 
 void ggml_backend_buffer_clear(struct ggml_backend_buffer *buffer, uint8_t value)
 {
-    struct kvs_ggml *g = CALLER();
-    g->buffer_clear(buffer, value);
-    kvs_buffer_cleared(buffer);
+    kvs_entry_buffer_clear(CALLER(), buffer, value);
 }
 
 void ggml_backend_buffer_free(struct ggml_backend_buffer *buffer)
 {
-    struct kvs_ggml *g = CALLER();
-    kvs_buffer_freed(buffer);
-    g->buffer_free(buffer);
+    kvs_entry_buffer_free(CALLER(), buffer);
 }
 
 void ggml_backend_tensor_copy(struct ggml_tensor *from, struct ggml_tensor *to)
 {
-    struct kvs_ggml *g = CALLER();
-    if (!kvs_session_resident() || !kvs_tensor_copied(g, from, to))
-        g->tensor_copy(from, to);
+    kvs_entry_tensor_copy(CALLER(), from, to);
 }
 
 void ggml_backend_tensor_get(const struct ggml_tensor *t, void *data, size_t offset, size_t size)
 {
-    struct kvs_ggml *g = ggml_of_often(__builtin_return_address(0));
-    if (!kvs_recorded(g, t, offset, size))
-        g->tensor_get(t, data, offset, size);
+    kvs_entry_tensor_get(ggml_of_often(__builtin_return_address(0)), t, data, offset, size);
 }
 
 void ggml_backend_tensor_set(struct ggml_tensor *t, const void *data, size_t offset, size_t size)
 {
-    struct kvs_ggml *g = ggml_of_often(__builtin_return_address(0));
-    if (!kvs_recorded(g, t, offset, size))
-        g->tensor_set(t, data, offset, size);
+    kvs_entry_tensor_set(ggml_of_often(__builtin_return_address(0)), t, data, offset, size);
 }
 
 /* Models are quantised as they are: nothing is computed with them, and permuted weights must not be written to disk. */

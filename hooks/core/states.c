@@ -5,25 +5,8 @@
  * In mode permute a saved cache may be restored by the process that saved it (state.c). In mode resident it is sealed by the
  * enclave (seal.c), and what a sequence leaves behind is wiped there (record.c).
  */
-#define _GNU_SOURCE
-#include "preload.h"
+#include "flavour.h" /* REAL and OTHER, the engine's functions; ENTRY, the name of what stands in for one */
 #include "record.h"
-
-#include <dlfcn.h>
-
-typedef uintptr_t (*function)(uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t);
-
-/* The real function of a library that calls this one. */
-static function real(const char *name, const void *own, const void *caller)
-{
-    Dl_info at;
-    void *handle = dladdr(caller, &at) ? dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
-    function f;
-    *(void **)(void *)&f = kvs_look_up(handle, name, own, true);
-    return f;
-}
-#define REAL(name) real(#name, (const void *)(uintptr_t)(name), __builtin_return_address(0))
-#define OTHER(name) real(#name, NULL, __builtin_return_address(0))
 
 /* --- states --- */
 
@@ -71,8 +54,8 @@ static struct kvs_state whole_state(uintptr_t context, const struct engine *e)
 #define WHOLE {OTHER(llama_state_get_size), OTHER(llama_state_get_data), OTHER(llama_state_set_data)}
 
 #define FUNCTION(name)                                                                             \
-    EXPORT uintptr_t name(uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t);       \
-    uintptr_t name(uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e, uintptr_t f)
+    EXPORT uintptr_t ENTRY(name)(uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t); \
+    uintptr_t ENTRY(name)(uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e, uintptr_t f)
 
 /* A sealed state instead of the engine's own, in mode resident. */
 #define SEALED(name, table, make, call)                                                            \

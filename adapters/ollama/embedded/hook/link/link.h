@@ -1,0 +1,17 @@
+/* The hook as it is linked into kvshield-ollama: what its main says to it. */
+#ifndef KVS_LINK_H
+#define KVS_LINK_H
+
+#include <stddef.h>
+
+enum kvs_link_engine {
+    KVS_LINK_NONE,  /* no runner: this process computes nothing, and ends when it does */
+    KVS_LINK_OFF,   /* mode off */
+    KVS_LINK_LLAMA, /* llama.cpp's runner, which opens models by itself */
+    KVS_LINK_OLLAMA /* Ollama's own engine, which gets a model from kvs_link_open */
+};
+void kvs_link_is(enum kvs_link_engine engine);
+/* The path under which a runner is to open the model instead. False when it was refused; why is on standard error. */
+int kvs_link_open(const char *path, char *out, size_t len);
+
+#endif
