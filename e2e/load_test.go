@@ -129,8 +129,9 @@ func usageOf(t *testing.T, s *server) usage {
 
 // reportAdded asks the engine and the proxy in turns for something small.
 func (s *server) reportAdded(t *testing.T) {
+	socket := s.engineSocket(t)
 	direct := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", s.engineSocket(t))
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
 	var times [2][]time.Duration
 	for range 2000 {
@@ -161,7 +162,7 @@ func (s *server) engineSocket(t *testing.T) string {
 		text, err := os.ReadFile(f)
 		args := strings.Split(string(text), "\x00")
 		status, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "status"))
-		if at := slices.Index(args, "--host"); err == nil && at >= 0 && strings.HasSuffix(args[at+1], "engine.sock") &&
+		if at := slices.Index(args, "--host"); err == nil && at >= 0 && strings.HasSuffix(args[at+1], "/engine.sock") &&
 			strings.Contains(string(status), fmt.Sprintf("PPid:\t%d\n", s.cmd.Process.Pid)) {
 			return args[at+1]
 		}
