@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -83,42 +84,75 @@ func shorten(s string) string {
 	return strings.ReplaceAll(s, "|", "/")
 }
 
-func (m *modelTable) counts(mode string) (exact, refused int) {
-	for _, by := range m.ways {
-		switch v := verdict(by[mode]); {
-		case strings.HasPrefix(v, "exact"):
-			exact++
-		case strings.HasPrefix(v, "refused"):
-			refused++
+// rows are lines of the table and of the list below it, by architecture.
+type rows struct{ ran, not map[string]string }
+
+func (m *modelTable) rows() rows {
+	r := rows{map[string]string{}, map[string]string{}}
+	for _, name := range m.names {
+		by := m.ways[name]
+		if by == nil {
+			if why, tried := m.own[name]; tried {
+				r.not[name] = fmt.Sprintf("- `%s`: %s\n", name, plainly(why))
+			}
+			continue
 		}
+		var b strings.Builder
+		fmt.Fprintf(&b, "| `%s` |", name)
+		for _, mode := range []string{"resident", "permute"} {
+			fmt.Fprintf(&b, " %s | %s | %s |", verdict(by[mode]), also(by[mode], "Vulkan"), also(by[mode], "shift"))
+		}
+		r.ran[name] = b.String() + "\n"
 	}
-	return exact, refused
+	return r
 }
 
-func (m *modelTable) String() string {
-	var b strings.Builder
-	b.WriteString("| architecture | `resident`, CPU | Vulkan | context shift | `permute`, CPU | Vulkan | context shift |\n|---|---|---|---|---|---|---|\n")
-	var without []string
-	for _, name := range m.names {
-		if by := m.ways[name]; by != nil {
-			fmt.Fprintf(&b, "| `%s` |", name)
-			for _, mode := range []string{"resident", "permute"} {
-				fmt.Fprintf(&b, " %s | %s | %s |", verdict(by[mode]), also(by[mode], "Vulkan"), also(by[mode], "shift"))
-			}
-			b.WriteByte('\n')
+// columns of the table with a mode's verdict.
+var columns = []struct {
+	at   int
+	mode string
+}{{1, "resident"}, {4, "permute"}}
+
+var lineOf = regexp.MustCompile("(?m)^(\\| |- )`([^`]+)`.*\n")
+
+// keep takes lines back out of a text that was written before, for architectures that were not run this time.
+func (r rows) keep(text string) {
+	for _, m := range lineOf.FindAllStringSubmatch(text, -1) {
+		name, line := m[2], m[0]
+		if r.ran[name] != "" || r.not[name] != "" {
+			continue
+		}
+		if m[1] == "- " {
+			r.not[name] = line
 		} else {
-			without = append(without, name)
+			r.ran[name] = line
 		}
 	}
-	for _, mode := range []string{"resident", "permute"} {
-		exact, refused := m.counts(mode)
-		fmt.Fprintf(&b, "\nMode `%s`: %d exact, %d refused, of %d architectures that the engine knows and shapes of them.\n", mode, exact, refused, len(m.names))
+}
+
+// count says how many architectures have a verdict that begins so, in a column of the table.
+func (r rows) count(column int, verdict string) (n int) {
+	for _, line := range r.ran {
+		if cells := strings.Split(line, " | "); len(cells) > column && strings.HasPrefix(strings.TrimSpace(cells[column]), verdict) {
+			n++
+		}
 	}
-	if len(without) > 0 {
-		b.WriteString("\nNot run, because no tiny model could be made or the stock engine does not generate text with it:\n\n")
+	return n
+}
+
+func (r rows) text(names []string) string {
+	var b strings.Builder
+	b.WriteString("| architecture | `resident`, CPU | Vulkan | context shift | `permute`, CPU | Vulkan | context shift |\n|---|---|---|---|---|---|---|\n")
+	for _, name := range names {
+		b.WriteString(r.ran[name])
 	}
-	for _, name := range without {
-		fmt.Fprintf(&b, "- `%s`: %s\n", name, plainly(m.own[name]))
+	for _, c := range columns {
+		fmt.Fprintf(&b, "\nMode `%s`: %d exact, %d refused, of %d architectures that the engine knows and shapes of them.\n",
+			c.mode, r.count(c.at, "exact"), r.count(c.at, "refused"), len(names))
+	}
+	b.WriteString("\nNot run, because no tiny model could be made or the stock engine does not generate text with it:\n\n")
+	for _, name := range names {
+		b.WriteString(r.not[name])
 	}
 	return b.String()
 }
@@ -140,10 +174,11 @@ const (
 	tableEnd   = "<!-- end -->\n"
 )
 
-func (m *modelTable) finish(t *testing.T) {
-	for _, mode := range []string{"resident", "permute"} {
-		exact, refused := m.counts(mode)
-		t.Logf("mode %s: %d exact, %d refused, of %d", mode, exact, refused, len(m.names))
+// finish writes the table. Architectures that were not run keep their lines.
+func (m *modelTable) finish(t *testing.T, all []string) {
+	r := m.rows()
+	for _, c := range columns {
+		t.Logf("mode %s: %d exact, %d refused, of %d", c.mode, r.count(c.at, "exact"), r.count(c.at, "refused"), len(m.names))
 	}
 	if os.Getenv("KVSHIELD_WRITE_MODELS") == "" {
 		return
@@ -154,11 +189,12 @@ func (m *modelTable) finish(t *testing.T) {
 		t.Fatal(err)
 	}
 	head, rest, ok := strings.Cut(string(text), tableBegin)
-	_, tail, ok2 := strings.Cut(rest, tableEnd)
+	old, tail, ok2 := strings.Cut(rest, tableEnd)
 	if !ok || !ok2 {
 		t.Fatalf("%s has no marks for the table", path)
 	}
-	if err := os.WriteFile(path, []byte(head+tableBegin+m.String()+tableEnd+tail), 0o644); err != nil {
+	r.keep(old)
+	if err := os.WriteFile(path, []byte(head+tableBegin+r.text(all)+tableEnd+tail), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
