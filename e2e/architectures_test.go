@@ -264,7 +264,7 @@ func (k *stockSays) ask(t *testing.T, w way, ask []question) (want answers, own 
 var families = strings.Fields(`llama llama4 mistral3 qwen2 qwen2moe qwen3 qwen3moe qwen2vl gemma gemma2 gemma3 gemma3n gemma4 phi2 phi3 gpt-oss
 	granite olmo2 starcoder2 falcon gptneox stablelm gpt2 mpt bloom command-r cohere2 glm4 smollm3 exaone exaone4 internlm2 minicpm deepseek2 bitnet
 	mamba lfm2 granitehybrid
-	llama:head64 qwen3:head80 llama:head96 qwen3:head128 llama:head256 qwen2:mqa llama:mqa gptneox:mha qwen3:mha llama:yarn qwen2:yarn gpt-oss:yarn`)
+	llama:head64 qwen3:head80 llama:head96 qwen3:head128 llama:head256 qwen2:mqa llama:mqa gptneox:mha qwen3:mha llama:yarn qwen2:yarn gpt-oss:yarn llama:moe`)
 
 // Every architecture that the engine knows: exact, or refused with a reason, in both modes; none runs unshielded.
 func TestEveryArchitecture(t *testing.T) {

@@ -10,8 +10,9 @@ import (
 
 // residing is a model whose KV cache the enclave keeps. Its file stays what it is.
 type residing struct {
-	id   enclave.ModelID
-	file os.FileInfo
+	id           enclave.ModelID
+	file         os.FileInfo
+	architecture string
 }
 
 // admit makes a model known to the enclave, once: engines open a file several times for one load.
@@ -22,7 +23,7 @@ func (e *engine) admit(ctx context.Context, path string, model *os.File) (sessio
 	}
 	for _, r := range e.resides {
 		if os.SameFile(r.file, info) && r.file.Size() == info.Size() && r.file.ModTime().Equal(info.ModTime()) {
-			return session.Opened{Reside: true, Model: uint32(r.id)}, nil
+			return r.opened(), nil
 		}
 	}
 	sources, _, err := openSources(modelPath{path, e.directory()}, model)
@@ -39,10 +40,15 @@ func (e *engine) admit(ctx context.Context, path string, model *os.File) (sessio
 	if err != nil || res.Action == enclave.Pass {
 		return session.Opened{}, err
 	}
+	r := residing{id: res.ID, architecture: res.Architecture}
 	for _, f := range sources {
-		if info, err = f.Stat(); err == nil {
-			e.resides = append(e.resides, residing{res.ID, info})
+		if r.file, err = f.Stat(); err == nil {
+			e.resides = append(e.resides, r)
 		}
 	}
-	return session.Opened{Reside: true, Model: uint32(res.ID)}, e.enclave.Grant(ctx, e.plane, res.ID)
+	return r.opened(), e.enclave.Grant(ctx, e.plane, res.ID)
+}
+
+func (r *residing) opened() session.Opened {
+	return session.Opened{Reside: true, Model: uint32(r.id), Marker: r.architecture[:min(len(r.architecture), session.MarkerMax)]}
 }

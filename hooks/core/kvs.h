@@ -318,6 +318,8 @@ KVS_HIDDEN void kvs_model_complete(struct kvs_model *m);
 KVS_HIDDEN void kvs_model_path(const struct kvs_model *m, char *out, size_t len);
 KVS_HIDDEN struct kvs_model *kvs_model_of_marker(const struct kvs_ggml *g, const struct ggml_tensor *t);
 KVS_HIDDEN bool kvs_model_is_marker(const char *name);
+/* Of the models that were opened in mode resident, for messages. */
+KVS_HIDDEN const char *kvs_architectures(void);
 KVS_HIDDEN void kvs_model_used(struct kvs_model *m);
 
 /* overlay.c: a shielded model that shares what is unchanged with the original. */

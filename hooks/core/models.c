@@ -15,6 +15,7 @@
 static pthread_mutex_t exchanging = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct kvs_model *models; /* newest first */
+static char architectures[128];  /* of the models whose caches the enclave keeps, for messages */
 
 /*
  * Which marker tensors were already compared with the fingerprints. Addresses are reused after a
@@ -86,6 +87,20 @@ static struct kvs_model *add(const char *path, const struct stat *st, const stru
     return m;
 }
 
+static void note_architecture(const char *name)
+{
+    pthread_mutex_lock(&lock);
+    size_t have = strlen(architectures);
+    if (!strstr(architectures, name))
+        snprintf(architectures + have, sizeof architectures - have, "%s%s", have ? ", " : "", name);
+    pthread_mutex_unlock(&lock);
+}
+
+const char *kvs_architectures(void)
+{
+    return *architectures ? architectures : "a model of no known architecture";
+}
+
 bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
 {
     struct stat st;
@@ -102,6 +117,8 @@ bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
         kvs_session_open(path, fd, &info);
         if (info.action == KVS_ACTION_SHIELD)
             *model = add(path, &st, &info, fd);
+        else if (info.action == KVS_ACTION_RESIDE)
+            note_architecture(info.marker);
         else if (info.action == KVS_ACTION_REFUSE) {
             kvs_say("error: %s: %s", path, info.refusal);
             *refused = true;

@@ -55,9 +55,9 @@ static bool is_values(struct kvs_ggml *g, const struct ggml_tensor *cache)
 
 static _Noreturn void not_known(struct kvs_ggml *g, const struct ggml_tensor *node, const char *what)
 {
-    kvs_die("this engine uses its KV cache in a way that mode resident does not know: %s (%s) %s (ggml %s); use --mode permute, or "
-            "another model",
-            kvs_name(g, node), g->op_desc(node), what, g->version());
+    kvs_die("this engine uses its KV cache in a way that mode resident does not know: %s (%s) %s (%s, ggml %s); use --mode "
+            "permute, or another model",
+            kvs_name(g, node), g->op_desc(node), what, kvs_architectures(), g->version());
 }
 
 static void blank(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_tensor *node)

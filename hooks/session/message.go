@@ -80,20 +80,23 @@ const (
 // Range is a run of whole pages of a shielded model that the hook takes from the original.
 type Range struct{ From, To, Length uint64 }
 
-// OverlayMax is how many ranges an Opened can carry.
-const OverlayMax = 300
+// What an Opened can carry at most: ranges, and bytes of a marker.
+const (
+	OverlayMax = 300
+	MarkerMax  = 63
+)
 
 // Opened answers an Open. With Shield a file descriptor of the shielded model comes along.
 type Opened struct {
 	Shield      bool
-	Reside      bool   // the engine opens the model as it is; Model alone is set
+	Reside      bool   // the engine opens the model as it is; only Model and Marker are set
 	Clear       bool   // its user allows that the process runs in the clear; nothing else is set
 	Model       uint32 // enclave.ModelID
 	Layers      uint32
 	RowFloats   uint32
 	RotaryDim   uint32  // what the engine's rotary embedding must be called with: rows,
 	RotaryBase  float32 // and base of the frequencies
-	Marker      string  // name of the tensor that Fingerprint belongs to, at most 63 bytes
+	Marker      string  // name of the tensor that Fingerprint belongs to, at most 63 bytes; with Reside the architecture
 	Overlay     []Range
 	Fingerprint []byte   // at most 256 bytes
 	Pairs       []uint16 // enclave.LoadResult's, at most 256; empty when the model's file has the frequency factors
@@ -105,7 +108,6 @@ const (
 	actionPass     = 2
 	actionReside   = 3
 	actionClear    = 4
-	markerMax      = 63
 	fingerprintMax = 256
 	pathMax        = 4096
 	pairsMax       = 256 // with all ranges, a packet is full
@@ -176,7 +178,7 @@ func decodeOpen(body []byte) (path string, err error) {
 }
 
 func (o Opened) encode() ([]byte, error) {
-	if len(o.Marker) > markerMax || len(o.Fingerprint) > fingerprintMax || len(o.Overlay) > OverlayMax || len(o.Pairs) > pairsMax {
+	if len(o.Marker) > MarkerMax || len(o.Fingerprint) > fingerprintMax || len(o.Overlay) > OverlayMax || len(o.Pairs) > pairsMax {
 		return nil, fmt.Errorf("marker of %d bytes, fingerprint of %d, %d ranges, %d rotary pairs: too long for the hook", len(o.Marker), len(o.Fingerprint), len(o.Overlay), len(o.Pairs))
 	}
 	action, flags := uint32(actionPass), uint32(0)

@@ -99,7 +99,7 @@ func TestOpenedKeepsToTheHooksBuffers(t *testing.T) {
 	for _, test := range []struct {
 		marker, fingerprint, ranges int
 		ok                          bool
-	}{{markerMax, fingerprintMax, OverlayMax, true}, {markerMax + 1, 1, 0, false}, {1, fingerprintMax + 1, 0, false}, {1, 1, OverlayMax + 1, false}} {
+	}{{MarkerMax, fingerprintMax, OverlayMax, true}, {MarkerMax + 1, 1, 0, false}, {1, fingerprintMax + 1, 0, false}, {1, 1, OverlayMax + 1, false}} {
 		b, err := Opened{Marker: strings.Repeat("m", test.marker), Fingerprint: make([]byte, test.fingerprint), Overlay: make([]Range, test.ranges)}.encode()
 		if (err == nil) != test.ok || len(b) > headerSize+bodyMax {
 			t.Errorf("%+v: %d bytes, %v", test, len(b), err)

@@ -242,6 +242,7 @@ var variants = map[string]map[string]any{
 	"head256": headsOf(256),
 	"mqa":     {headCountKV: uint32(1)},
 	"mha":     {headCountKV: uint32(heads)},
+	"moe":     {"expert_count": uint32(4), "expert_used_count": uint32(4), "expert_feed_forward_length": uint32(64)},
 	"yarn":    {"rope.scaling.type": "yarn", "rope.scaling.factor": float32(4), "rope.scaling.original_context_length": uint32(64)},
 	// wide has rows that K-quants can store.
 	"wide": {"embedding_length": uint32(256), "feed_forward_length": uint32(512), "attention.key_length": uint32(64), "attention.value_length": uint32(64)},
