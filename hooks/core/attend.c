@@ -1,5 +1,5 @@
 /*
- * The requests of one graph in mode resident: which cells and which mask, keys and values and queries, a context shift.
+ * The requests of one graph in mode resident: which cells and which mask, keys and values and queries.
  */
 #include "plan.h"
 
@@ -292,11 +292,6 @@ static void attend_part(struct kvs_ggml *g, struct kvs_plan *p, const struct kvs
     kvs_channel_end(&call);
 }
 
-static uint32_t at_most(uint32_t want, size_t room, size_t each)
-{
-    return room / each < want ? (uint32_t)(room / each) : want;
-}
-
 /*
  * In one frame where it fits. Else all keys and values come first, because a query may look at any of them. An answer must not be
  * written before the last keys are read: the engine may have given it the same memory.
@@ -325,86 +320,13 @@ void kvs_attend(struct kvs_ggml *g, struct kvs_plan *p, struct kvs_step *s)
         kvs_die("one token of layer %u does not fit the data plane (%zu bytes); start kvshield with a larger --data-plane-bytes",
                 s->cache->layer, capacity);
     for (; h.put_first < puts; h.put_first += h.put_count) {
-        h.put_count = at_most(puts - h.put_first, room, z.k + z.v);
+        h.put_count = kvs_at_most(puts - h.put_first, room, z.k + z.v);
         attend_part(g, p, s, &h);
     }
     h.put_count = 0;
     for (; h.query_first < tokens; h.query_first += h.query_count) {
-        h.query_count = at_most(tokens - h.query_first, room - z.sinks, z.q);
-        h.query_count = at_most(h.query_count, capacity, z.out);
+        h.query_count = kvs_at_most(tokens - h.query_first, room - z.sinks, z.q);
+        h.query_count = kvs_at_most(h.query_count, capacity, z.out);
         attend_part(g, p, s, &h);
     }
-}
-
-/* --- context shift --- */
-
-struct rotate_head {
-    uint32_t first, count, dims, mode, context;
-    float base, scale, ext_factor, attn_factor, beta_fast, beta_slow;
-    uint32_t factors, hadamard, from, reserved[2];
-};
-_Static_assert(sizeof(struct rotate_head) == 64, "the head of a rotation is 64 bytes on the wire");
-
-/* The size of the matrix, which must be the orthonormal Walsh-Hadamard matrix. */
-static uint32_t hadamard_of(struct kvs_ggml *g, const struct ggml_tensor *matrix)
-{
-    size_t n = (size_t)kvs_ne(g, matrix)[0];
-    float *m = g->nbytes(matrix) == n * n * sizeof *m ? malloc(n * n * sizeof *m) : NULL;
-    if (!m)
-        kvs_die("cached keys are multiplied by a matrix that kvshield does not know");
-    g->tensor_get(matrix, m, 0, n * n * sizeof *m);
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < n; j++) {
-            float sign = __builtin_parityll(i & j) ? -1 : 1, off = m[i * n + j] * sign * (float)n - m[0] * (float)n;
-            if (off > 1e-4f || off < -1e-4f || m[0] * m[0] * (float)n < 0.999f || m[0] * m[0] * (float)n > 1.001f)
-                kvs_die("cached keys are multiplied by a matrix that kvshield does not know");
-        }
-    free(m);
-    return (uint32_t)n;
-}
-
-/* The first row of a head that is turned: where the rotated view begins in the cache. */
-static uint32_t first_row(struct kvs_ggml *g, const struct kvs_step *s)
-{
-    const struct ggml_tensor *view = kvs_src(g, s->node, 0);
-    size_t row = kvs_nb(g, s->k)[1], all = (size_t)kvs_ne(g, s->k)[0];
-    if (s->hadamard || (size_t)(kvs_ne(g, view)[0] * kvs_ne(g, view)[1]) == all)
-        return 0;
-    return (uint32_t)((size_t)((const char *)g->get_data(view) - (const char *)g->get_data(s->k)) * all / row);
-}
-
-void kvs_rotate(struct kvs_ggml *g, const struct kvs_step *s)
-{
-    const struct ggml_tensor *shift = kvs_src(g, s->node, 1), *factors = kvs_src(g, s->node, 2);
-    uint32_t cells = s->cache->cells * s->cache->streams;
-    if (g->nbytes(shift) != cells * sizeof(int32_t))
-        kvs_die("a context shift of layer %u has %zu bytes for %u cells", s->cache->layer, g->nbytes(shift), cells);
-    size_t factor_bytes = factors ? g->nbytes(factors) : 0;
-    struct rotate_head h = {.dims = (uint32_t)kvs_param(g, s->node, 1),
-                            .mode = (uint32_t)kvs_param(g, s->node, 2),
-                            .context = (uint32_t)kvs_param(g, s->node, 4),
-                            .base = kvs_paramf(g, s->node, 5),
-                            .scale = kvs_paramf(g, s->node, 6),
-                            .ext_factor = kvs_paramf(g, s->node, 7),
-                            .attn_factor = kvs_paramf(g, s->node, 8),
-                            .beta_fast = kvs_paramf(g, s->node, 9),
-                            .beta_slow = kvs_paramf(g, s->node, 10),
-                            .factors = (uint32_t)(factor_bytes / sizeof(float)),
-                            .hadamard = s->hadamard ? hadamard_of(g, s->hadamard) : 0,
-                            .from = first_row(g, s)};
-    struct kvs_call call = {.type = KVS_ROTATE, .id = s->cache->id, .layer = s->cache->layer};
-    uint8_t *body = kvs_channel_begin(&call);
-    if (call.capacity < sizeof h + factor_bytes + sizeof(int32_t))
-        kvs_die("a context shift does not fit the data plane; start kvshield with a larger --data-plane-bytes");
-    for (; h.first < cells; h.first += h.count) {
-        h.count = at_most(cells - h.first, call.capacity - sizeof h - factor_bytes, sizeof(int32_t));
-        size_t n = h.count * sizeof(int32_t);
-        memcpy(body, &h, sizeof h);
-        g->tensor_get(shift, body + sizeof h, h.first * sizeof(int32_t), n);
-        if (factors)
-            g->tensor_get(factors, body + sizeof h + n, 0, factor_bytes);
-        call.payload = (uint32_t)(sizeof h + n + factor_bytes);
-        kvs_channel_call(&call);
-    }
-    kvs_channel_end(&call);
 }

@@ -107,4 +107,10 @@ KVS_HIDDEN void kvs_scrub_plan(struct kvs_ggml *g, struct kvs_plan *p, struct gg
 /* Wipes the memory in which the graph's nodes had their results, except for what it was computed for. */
 KVS_HIDDEN void kvs_scrub_results(struct kvs_ggml *g, const struct kvs_plan *p);
 
+/* How many of `want` things of `each` bytes fit into `room`. */
+static inline uint32_t kvs_at_most(uint32_t want, size_t room, size_t each)
+{
+    return room / each < want ? (uint32_t)(room / each) : want;
+}
+
 #endif
