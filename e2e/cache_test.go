@@ -121,12 +121,15 @@ func checkPermuted(t *testing.T, what string, layer int, stock, shielded []colum
 	}
 }
 
+// slotFiles allows what is refused unless it is asked for.
+var slotFiles = []string{"--allow", "slot-save,slot-restore"}
+
 // The cache of a shielded engine equals the stock one after a permutation, and not before.
 func TestCacheIsPermuted(t *testing.T) {
 	stockDir, shieldedDir := t.TempDir(), t.TempDir()
 	args := []string{"-np", "1", "-c", "512", "-fa", "on", "--slot-save-path"}
 	stock := startStock(t, demoModel, nil, append(args, stockDir+"/")...).cached(t, stockDir)
-	shielded := startShielded(t, serveOptions{model: demoModel, mode: "permute", args: append(args, shieldedDir+"/")}).cached(t, shieldedDir)
+	shielded := startShielded(t, serveOptions{model: demoModel, mode: "permute", flags: slotFiles, args: append(args, shieldedDir+"/")}).cached(t, shieldedDir)
 	for l := range stock {
 		checkPermuted(t, "value", l, stock[l].values, shielded[l].values)
 		checkPermuted(t, "key", l, stock[l].keys, shielded[l].keys)
@@ -136,7 +139,7 @@ func TestCacheIsPermuted(t *testing.T) {
 // A slot file is worth something only to the process that saved it: under another key it would be read wrongly.
 func TestSlotFileOfAnotherLoadIsRefused(t *testing.T) {
 	dir := t.TempDir()
-	o := serveOptions{model: demoModel, mode: "permute", args: []string{"-np", "1", "--slot-save-path", dir + "/"}}
+	o := serveOptions{model: demoModel, mode: "permute", flags: slotFiles, args: []string{"-np", "1", "--slot-save-path", dir + "/"}}
 	restore := map[string]any{"filename": "slot.bin"}
 	first := startShielded(t, o)
 	want := first.complete(t, prompts[0], 40, map[string]any{"cache_prompt": true, "id_slot": 0})
@@ -149,7 +152,7 @@ func TestSlotFileOfAnotherLoadIsRefused(t *testing.T) {
 	if got := first.complete(t, prompts[0], 40, map[string]any{"cache_prompt": true, "id_slot": 0}); got.Content != want.Content {
 		t.Errorf("after restoring: %q, want %q", got.Content, want.Content)
 	}
-	second := startShielded(t, serveOptions{model: demoModel, mode: "permute", args: o.args, flags: []string{"-v"}})
+	second := startShielded(t, serveOptions{model: demoModel, mode: "permute", args: o.args, flags: append([]string{"-v"}, slotFiles...)})
 	if answer, err := second.post("/slots/0?action=restore", restore); err == nil {
 		t.Errorf("another load restored the file: %s", answer)
 	}

@@ -1,7 +1,9 @@
 package tinymodel
 
 import (
+	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -18,6 +20,12 @@ func TestMostArchitecturesAreMade(t *testing.T) {
 	names, err := e.Architectures()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if os.Getenv("KVSHIELD_ARCHITECTURES") != "all" { // a third of them is soon done
+		names = slices.Collect(func(yield func(string) bool) {
+			for i := 0; i < len(names) && yield(names[i]); i += 3 {
+			}
+		})
 	}
 	made := 0
 	for _, name := range names {
