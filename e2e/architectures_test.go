@@ -50,7 +50,7 @@ func (s *server) tryAnswers(ask []question) (a answers, err error) {
 		if err != nil {
 			return a, err
 		}
-		first, err := s.tryComplete(q.prompt, 2, map[string]any{"n_probs": vocabulary})
+		first, err := s.tryComplete(q.prompt, 2, map[string]any{"n_probs": vocabulary, "logit_bias": noBytes})
 		if err != nil {
 			return a, err
 		}
