@@ -67,6 +67,7 @@ func (a *answer) Read(p []byte) (int, error) {
 		why = broken(a.engine.state(), "in the middle of this answer")
 	}
 	a.cut = true
+	cut(a.ctx)
 	a.tail = a.ending(a.last, why)
 	return n, nil
 }
