@@ -30,11 +30,11 @@ type Usage struct {
 type number int
 
 const (
-	computed   number = iota // timings
-	cachedT                  // timings
-	predicted                // timings
-	input                    // of the whole prompt
-	uncached                 // of the prompt, less what was cached
+	computed  number = iota // timings
+	cachedT                 // timings
+	predicted               // timings
+	input                   // of the whole prompt
+	uncached                // of the prompt, less what was cached
 	cached
 	output
 	numbers
