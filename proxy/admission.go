@@ -177,3 +177,5 @@ func (c Config) timed(next http.Handler) http.Handler {
 func granted(ctx context.Context, slot int) {
 	observe(ctx, Event{Kind: Slot, Slot: slot, Tenant: tenantOf(ctx)})
 }
+
+func clearing(ctx context.Context, slot int) { observe(ctx, Event{Kind: Clearing, Slot: slot}) }

@@ -21,6 +21,7 @@ const (
 	FirstByte             // the first bytes of the answer's body
 	Chunk                 // bytes of the answer's body as they came, the first included
 	End                   // the answer is over, or was cut
+	Clearing              // before Slot: the slot Event.Slot is cleared of another tenant's tokens
 	Asked                 // what the request's body asks for, less its text
 )
 
@@ -32,7 +33,7 @@ type Event struct {
 	HTTP    *http.Request // as the client sent it; its body must not be read
 	Header  http.Header   // of the answer, with FirstByte and End
 	Tenant  string        // name of the API key, with Slot; empty without keys
-	Slot    int           // with Slot
+	Slot    int           // with Slot and Clearing; -1 for all, with Slot
 	Data    []byte        // with Chunk: part of an answer, never to be logged or kept
 	Status  int           // with End; 0 when nothing was answered
 	Cut     bool          // with End: the answer broke off, or the client left

@@ -77,7 +77,7 @@ func New(c Config) http.Handler {
 	var h http.Handler = e.handler(way)
 	if c.Tenants != nil {
 		e.dial = tenant.Dialer(c.Dial)
-		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Flush: way}, h)
+		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Clearing: clearing, Flush: way}, h)
 	}
 	h = c.timed(h)
 	h = c.limited(h)

@@ -86,7 +86,8 @@ const maxFinish = 8
 // Scanner of one answer. It is not for several goroutines at a time.
 type Scanner struct {
 	picker    *fields.Picker
-	events    bool   // the body is a stream of events
+	events    bool // the body is a stream of events
+	streamed  bool
 	line      []byte // the beginning of a line, as far as "data:" goes
 	inData    bool
 	skip      bool // the rest of the line means nothing
@@ -104,6 +105,7 @@ func New(h http.Header) *Scanner {
 	}
 	t, _, _ := mime.ParseMediaType(h.Get("Content-Type"))
 	s.events = t == "text/event-stream"
+	s.streamed = s.events || t == "application/x-ndjson"
 	encoding := h.Get("Content-Encoding")
 	s.off = !s.events && t != "application/json" && t != "application/x-ndjson" || encoding != "" && encoding != "identity"
 	s.picker = fields.NewPicker(set, s.found)
@@ -181,6 +183,9 @@ func (s *Scanner) finish(reason string) {
 		}
 	}
 }
+
+// Streamed says that the answer comes in pieces, as it is made.
+func (s *Scanner) Streamed() bool { return s.streamed }
 
 // Said is what the engine has said so far.
 func (s *Scanner) Said() Usage {

@@ -26,6 +26,7 @@ type Phase struct {
 	Transitions    uint64
 	Bytes          float64
 	Wait, Enclave  time.Duration // the request's part of them
+	Waited         time.Duration // while others' tokens were in the graph, too
 	Start, End     time.Duration // of the first and the last graph; both zero while there is none
 }
 
@@ -36,13 +37,15 @@ type Token struct {
 	Wait, Enclave time.Duration
 	Took          time.Duration // since the graph before of the same sequence ended
 	Share         float64       // of that time, the part in which the engine waited for the enclave; 0 to 1
-	start, end    time.Duration
+	Start, End    time.Duration // of its graph
+
+	waited time.Duration
 }
 
 // Account is what was booked to one request. Its zero value is an empty one.
 type Account struct {
 	Prefill, Decode Phase
-	Graphs          []Step // the first ones, those with Detail only
+	Steps           []Step // the first ones, those with Detail only
 
 	last  map[source]time.Duration // when a sequence's graph before ended
 	early []Token                  // the first decoded tokens, in case they were the end of the prompt
@@ -204,27 +207,43 @@ func (l *Ledger) take(a *Account, g meter.Graph, p meter.Part, first bool) Class
 // tokenOf is what one token of the graph cost.
 func tokenOf(g meter.Graph) Token {
 	n := max(1, g.Tokens)
-	return Token{Transitions: g.Transitions, Bytes: float64(g.Bytes) / float64(n), Wait: g.Wait / time.Duration(n), Enclave: g.Enclave / time.Duration(n), start: g.Start, end: g.End}
+	return Token{Transitions: g.Transitions, Bytes: float64(g.Bytes) / float64(n), Wait: g.Wait / time.Duration(n), Enclave: g.Enclave / time.Duration(n), Start: g.Start, End: g.End, waited: g.Wait}
 }
 
 func (p *Phase) add(t Token, tokens int, counts bool) {
 	if p.Graphs == 0 {
-		p.Start = t.start
+		p.Start = t.Start
 	}
 	if counts {
 		p.Graphs++
 		p.Transitions += uint64(t.Transitions)
+		p.Waited += t.waited
 	}
 	p.Tokens += tokens
 	p.Bytes += t.Bytes * float64(tokens)
 	p.Wait += t.Wait * time.Duration(tokens)
 	p.Enclave += t.Enclave * time.Duration(tokens)
-	p.End = max(p.End, t.end)
+	p.End = max(p.End, t.End)
+}
+
+// Join adds another phase of the same request.
+func (p *Phase) Join(o Phase) {
+	if p.Graphs == 0 || o.Graphs > 0 && o.Start < p.Start {
+		p.Start = o.Start
+	}
+	p.Graphs += o.Graphs
+	p.Tokens += o.Tokens
+	p.Transitions += o.Transitions
+	p.Bytes += o.Bytes
+	p.Wait += o.Wait
+	p.Enclave += o.Enclave
+	p.Waited += o.Waited
+	p.End = max(p.End, o.End)
 }
 
 func (a *Account) step(g meter.Graph, decode, first bool) {
-	if first && len(g.Detail) > 0 && len(a.Graphs) < maxSteps {
-		a.Graphs = append(a.Graphs, Step{decode, g})
+	if first && len(g.Detail) > 0 && len(a.Steps) < maxSteps {
+		a.Steps = append(a.Steps, Step{decode, g})
 	}
 }
 
@@ -237,7 +256,7 @@ func (a *Account) Settle(prompt int) {
 		a.Decode.remove(t)
 		a.Prefill.add(t, 1, true)
 		if len(a.early) > 0 {
-			a.Decode.Start = a.early[0].start
+			a.Decode.Start = a.early[0].Start
 		}
 	}
 }
@@ -248,6 +267,7 @@ func (p *Phase) remove(t Token) {
 	p.Transitions -= uint64(t.Transitions)
 	p.Bytes -= t.Bytes
 	p.Wait -= t.Wait
+	p.Waited -= t.waited
 	p.Enclave -= t.Enclave
 	if p.Graphs == 0 {
 		*p = Phase{}

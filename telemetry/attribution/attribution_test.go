@@ -194,7 +194,7 @@ func TestStepsAreBounded(t *testing.T) {
 		g.Detail = []meter.Transition{{Layer: 0}}
 		l.Book([]meter.Graph{g})
 	}
-	if len(ann.Graphs) != maxSteps || ann.Graphs[0].Decode || !ann.Graphs[1].Decode {
-		t.Errorf("%d steps", len(ann.Graphs))
+	if len(ann.Steps) != maxSteps || ann.Steps[0].Decode || !ann.Steps[1].Decode {
+		t.Errorf("%d steps", len(ann.Steps))
 	}
 }
