@@ -1,6 +1,7 @@
 package telemetry
 
 import (
+	"log/slog"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -25,14 +26,24 @@ func (r *request) close() {
 	if r.t.meter == nil && said.Output > 0 {
 		r.t.window.Tokens(said.Output)
 	}
-	r.t.c.Log.InfoContext(r.ctx, "a request has ended", "operation", r.operation, "status", r.status, "failure", r.failure,
-		"seconds", r.end.Sub(r.accepted).Seconds(), "input_tokens", said.Input, "output_tokens", said.Output,
-		"transitions", r.account.Prefill.Transitions+r.account.Decode.Transitions)
+	r.log(said)
 	if r.span.IsRecording() {
 		r.describe(said, first)
 		r.children(c)
 		r.span.End(trailing(r.end))
 	}
+}
+
+func (r *request) log(said answer.Usage) {
+	list := []slog.Attr{slog.String("operation", r.operation), slog.Int("status", r.status), slog.Float64("seconds", r.end.Sub(r.accepted).Seconds()),
+		slog.Uint64("transitions", r.account.Prefill.Transitions+r.account.Decode.Transitions)}
+	if said.Output >= 0 {
+		list = append(list, slog.Int("input_tokens", said.Input), slog.Int("output_tokens", said.Output))
+	}
+	if r.failure != "" {
+		list = append(list, slog.String("failure", r.failure))
+	}
+	r.t.c.Log.LogAttrs(r.ctx, slog.LevelInfo, "a request has ended", list...)
 }
 
 // firstToken is when there was one; zero when that is not known.

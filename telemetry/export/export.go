@@ -20,7 +20,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"go.opentelemetry.io/otel"
-	"go.opentelemetry.io/otel/attribute"
 	otelprometheus "go.opentelemetry.io/otel/exporters/prometheus"
 	"go.opentelemetry.io/otel/metric"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
@@ -128,7 +127,7 @@ func (p *Pipeline) Close(ctx context.Context) error {
 func aboutThis(ctx context.Context, version string) (*resource.Resource, error) {
 	r, err := resource.New(ctx,
 		resource.WithSchemaURL(semconv.SchemaURL),
-		resource.WithAttributes(semconv.ServiceName("kvshield"), semconv.ServiceVersion(version), attribute.Int("process.pid", os.Getpid())),
+		resource.WithAttributes(semconv.ServiceName("kvshield"), semconv.ServiceVersion(version)),
 		resource.WithTelemetrySDK(),
 		resource.WithHost(),
 		resource.WithFromEnv(),
