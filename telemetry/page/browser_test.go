@@ -1,8 +1,11 @@
 package page_test
 
 import (
+	"context"
 	"net"
+	"net/http"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/kvshield/kvshield/internal/browser"
@@ -11,22 +14,45 @@ import (
 	"github.com/kvshield/kvshield/telemetry/page"
 )
 
-// serve serves the page as kvshield serve does, and returns its address.
-func serve(t *testing.T, source func() page.Snapshot, ring *keys.Ring) string {
+// server serves the page as kvshield serve does.
+type server struct {
+	t       *testing.T
+	handler http.Handler
+	address string
+	stop    func()
+}
+
+func start(t *testing.T, source func() page.Snapshot, ring *keys.Ring) *server {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	s := &server{t: t, handler: proxy.New(proxy.Config{State: func() proxy.State { return proxy.State{Ready: true} }, Keys: ring, Own: page.Handlers(source)})}
+	s.start("127.0.0.1:0")
+	t.Cleanup(func() { s.stop() })
+	return s
+}
+
+func (s *server) start(address string) {
+	s.t.Helper()
+	l, err := net.Listen("tcp", address)
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	h := proxy.New(proxy.Config{State: func() proxy.State { return proxy.State{Ready: true} }, Keys: ring, Own: page.Handlers(source)})
+	s.address = l.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- proxy.Serve(t.Context(), l, h, proxy.ServeConfig{Drain: browser.Patience}) }()
-	t.Cleanup(func() {
+	go func() { done <- proxy.Serve(ctx, l, s.handler, proxy.ServeConfig{Drain: browser.Patience}) }()
+	s.stop = sync.OnceFunc(func() {
+		cancel()
 		if err := <-done; err != nil {
-			t.Error(err)
+			s.t.Error(err)
 		}
 	})
-	return "http://" + l.Addr().String()
+}
+
+func (s *server) url() string { return "http://" + s.address }
+
+func serve(t *testing.T, source func() page.Snapshot, ring *keys.Ring) string {
+	t.Helper()
+	return start(t, source, ring).url()
 }
 
 var screens = []struct {

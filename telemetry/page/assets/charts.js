@@ -10,8 +10,8 @@ const gap = 3500;
 
 const short = (v) => text(duration(v)).replace(/\.0+(?=\D)|(?<=\.\d)0+(?=\D)/, "");
 const distributions = {
-  share: { scale: linear, format: percent, unit: (v) => `${Math.round(v * 100)}\u202f%`, noun: "tokens", none: "no token was decoded in the last minute" },
-  transition: { scale: logarithmic, format: duration, unit: short, noun: "transitions", none: "no transition in the last minute" },
+  share: { scale: linear, format: percent, unit: (v) => `${Math.round(v * 100)}\u202f%`, noun: "Tokens", none: "no token was decoded in the last minute" },
+  transition: { scale: logarithmic, format: duration, unit: short, noun: "Transitions", none: "no transition in the last minute" },
 };
 
 export class Charts {
@@ -22,22 +22,26 @@ export class Charts {
 
   constructor() {
     const box = at("layers");
-    const choose = (i, snapshotLayers) => {
-      if (i === this.#chosen || i >= snapshotLayers) return;
-      this.#chosen = i;
-      this.#changed();
-    };
-    box.addEventListener("keydown", (event) => {
-      const last = +box.getAttribute("aria-valuemax");
-      const to = { ArrowRight: this.#chosen + 1, ArrowUp: this.#chosen + 1, ArrowLeft: this.#chosen - 1, ArrowDown: this.#chosen - 1, Home: 0, End: last }[event.key];
-      if (to === undefined) return;
-      event.preventDefault();
-      choose(Math.min(Math.max(to, 0), last), last + 1);
-    });
-    box.addEventListener("pointermove", (event) => choose(this.#layerAt(event.clientX - box.getBoundingClientRect().left), Infinity));
-    box.addEventListener("pointerdown", (event) => choose(this.#layerAt(event.clientX - box.getBoundingClientRect().left), Infinity));
-    box.addEventListener("pointerleave", () => document.activeElement !== box && choose(-1, Infinity));
+    box.addEventListener("keydown", (event) => this.#move(event, +box.getAttribute("aria-valuemax")));
+    const point = (event) => this.#choose(this.#layerAt(event.clientX - box.getBoundingClientRect().left));
+    box.addEventListener("pointermove", point);
+    box.addEventListener("pointerdown", point);
+    box.addEventListener("pointerleave", () => document.activeElement !== box && this.#choose(-1));
     for (const d of document.querySelectorAll("details")) d.addEventListener("toggle", () => this.#changed());
+  }
+
+  #choose(i) {
+    if (i === this.#chosen) return;
+    this.#chosen = i;
+    this.#changed();
+  }
+
+  #move(event, last) {
+    const i = this.#chosen;
+    const to = { ArrowRight: i + 1, ArrowUp: i + 1, ArrowLeft: i - 1, ArrowDown: i - 1, Home: 0, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    this.#choose(Math.min(Math.max(to, 0), last));
   }
 
   // onChange is called when the drawings have to be drawn again without news from the server.
@@ -59,7 +63,7 @@ export class Charts {
   }
 
   #tokens() {
-    timeline(at("tokens"), this.#history, { span, gap });
+    timeline(at("tokens"), this.#history, { gap });
     const values = this.#history.map((p) => p.value);
     if (values.length) at("tokens-text").textContent = `now ${digits(values.at(-1))}, most ${digits(Math.max(...values))}, least ${digits(Math.min(...values))}`;
     table("tokens-table", ["Time", "Tokens/s"], () => [...this.#history].reverse().map((p) => [clock(new Date(p.at)), digits(p.value)]));
@@ -91,7 +95,8 @@ function layerText(layers, chosen) {
 function distribution(id, d) {
   const { scale, format, unit, noun, none } = distributions[id];
   const all = total(d);
-  at(`${id}-note`).textContent = all ? `p50 ${text(format(d.p50))}, p99 ${text(format(d.p99))}, of ${count(all)} ${noun}` : none;
+  const quantile = (v) => (all ? text(format(v)) : "–");
+  at(`${id}-note`).textContent = `p50 ${quantile(d.p50)}, p99 ${quantile(d.p99)}, of ${count(all)} ${noun.toLowerCase()}`;
   histogram(at(id), d, { scale, unit, none });
   table(`${id}-table`, ["More than", "Up to", noun], () => buckets(d, scale).map((b) => [text(format(b.low)), text(format(b.high)), count(b.count)]));
 }

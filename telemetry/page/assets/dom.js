@@ -2,7 +2,7 @@
 
 export const at = (id) => document.getElementById(id);
 
-export function element(name, content, kind = "") {
+export function element(name, content, kind) {
   const e = document.createElement(name);
   e.textContent = content;
   if (kind) e.className = kind;

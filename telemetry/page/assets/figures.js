@@ -36,13 +36,13 @@ export function figures(s) {
 function shield(s) {
   const facts = [
     ["Mode", s.mode],
-    ["Cache holds", holds[s.mode] ?? "not known", s.mode === "off"],
+    ["Cache holds", holds[s.mode] ?? "not known", s.mode === "off" && "bad"],
   ];
-  if (s.tee) facts.push(["Enclave", s.tee], ["Hardware", s.hardware ? "protects the enclave" : "no hardware protection", !s.hardware]);
+  if (s.tee) facts.push(["Enclave", s.tee], ["Hardware", s.hardware ? "protects the enclave" : "no hardware protection", !s.hardware && "warn"]);
   if (s.statement) facts.push(["Statement", s.statement]);
   facts.push(["Decoded", `${count(s.tokens.total)} tokens`]);
-  facts.push(["Requests", `${count(s.requests.total)}, of these failed ${count(s.requests.failed)}`]);
-  fill(at("shield"), facts.flatMap(([term, content, bad]) => [element("dt", term), element("dd", content, bad ? "bad" : "")]));
+  facts.push(["Requests", `${count(s.requests.total)}, ${count(s.requests.failed)} of them failed`]);
+  fill(at("shield"), facts.flatMap(([term, content, kind]) => [element("dt", term), element("dd", content, kind)]));
 }
 
 function errors(list) {

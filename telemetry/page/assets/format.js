@@ -8,6 +8,9 @@ export function digits(n) {
   return n.toLocaleString("en", whole ? { maximumSignificantDigits: 3, minimumSignificantDigits: n === 0 ? 1 : 3 } : { maximumFractionDigits: 0 });
 }
 
+// axis is a round number beside an axis.
+export const axis = (n) => n.toLocaleString("en", n >= 10000 ? { notation: "compact" } : {});
+
 export const count = (n) => n.toLocaleString("en");
 
 // Each of these returns the number and its unit.

@@ -6,11 +6,13 @@ const edge = { left: 8, right: 8, top: 20, bottom: 24 };
 const narrowest = 4; // pixels of a bar
 const apart = 52; // pixels between numbers below
 
-export const linear = { to: (v) => v, from: (v) => v, range: () => [0, 1], marks: () => [0, 0.2, 0.4, 0.6, 0.8, 1] };
+// A scale says where a value is, where the first bucket begins and the last one ends, and what to write below.
+export const linear = { to: (v) => v, before: () => 0, after: (bounds) => Math.max(1, bounds.at(-1)), range: () => [0, 1], marks: () => [0, 0.2, 0.4, 0.6, 0.8, 1] };
 
 export const logarithmic = {
   to: Math.log10,
-  from: (v) => 10 ** v,
+  before: ([first, second = 2 * first]) => (first * first) / second,
+  after: (bounds) => bounds.at(-1) * (bounds.length > 1 ? bounds.at(-1) / bounds.at(-2) : 2),
   range: (low, high) => [round125(low, false), round125(Math.max(high, low * 10))],
   marks(low, high) {
     const all = [];
@@ -23,10 +25,8 @@ export const total = (distribution) => distribution.counts.reduce((a, b) => a + 
 
 // buckets of a distribution from the first to the last that has a count, as {low, high, count}.
 export function buckets({ bounds, counts }, scale) {
-  const edges = [...bounds];
-  const step = (a, b) => scale.from(2 * scale.to(a) - scale.to(b));
-  edges.unshift(scale === linear || edges.length < 2 ? 0 : step(edges[0], edges[1]));
-  edges.push(scale === linear || edges.length < 3 ? Math.max(1, edges.at(-1)) : step(edges.at(-1), edges.at(-2)));
+  if (!bounds.length) return [];
+  const edges = [scale.before(bounds), ...bounds, scale.after(bounds)];
   const all = counts.slice(0, edges.length - 1).map((n, i) => ({ low: edges[i], high: edges[i + 1], count: n }));
   const first = all.findIndex((b) => b.count > 0);
   return first < 0 ? [] : all.slice(first, all.findLastIndex((b) => b.count > 0) + 1);

@@ -17,7 +17,7 @@ function show(snapshot) {
   keyTaken();
   at("figures").hidden = false;
   at("figures").classList.remove("stale");
-  at("pause").disabled = false;
+  at("pause").hidden = at("last").hidden = false;
   if (!paused) render();
 }
 

@@ -26,6 +26,12 @@ export function empty(svg, height, content) {
   svg.append(label(width / 2, height / 2, "middle", content, "soft"));
 }
 
+// ceiling is the next number up that is easy to halve in the head.
+export function ceiling(value) {
+  const power = 10 ** Math.floor(Math.log10(value) + 1e-9);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((s) => s * power).find((s) => s >= value * (1 - 1e-9));
+}
+
 // round125 is the next of 1, 2, 5, 10, … that is not smaller, or not larger.
 export function round125(value, up = true) {
   const power = 10 ** Math.floor(Math.log10(value) + 1e-9);
