@@ -15,8 +15,8 @@ import (
 // MaxStreams is how many may look at a time: each is a goroutine and a connection.
 const MaxStreams = 64
 
-// writeWithin is how long a reader may take to make room for one event. One that takes longer is let go.
-const writeWithin = 10 * time.Second
+// WriteWithin is how long a reader may take to make room for one event. One that takes longer is let go.
+const WriteWithin = 10 * time.Second
 
 // feed makes one event a period, for all who look.
 type feed struct {
@@ -42,7 +42,7 @@ func (f *feed) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if f.streams.Add(1) > MaxStreams {
 		f.streams.Add(-1)
-		reply.Failure{Message: "too many are looking already; close a page, or try again in a moment", Type: reply.Unavailable, Code: http.StatusServiceUnavailable}.WriteRetry(w, writeWithin)
+		reply.Failure{Message: "too many are looking already; close a page, or try again in a moment", Type: reply.Unavailable, Code: http.StatusServiceUnavailable}.WriteRetry(w, WriteWithin)
 		return
 	}
 	defer f.streams.Add(-1)
@@ -66,7 +66,7 @@ func (f *feed) stream(w http.ResponseWriter, r *http.Request) {
 			return
 		case <-timer.C:
 		}
-		_ = control.SetWriteDeadline(time.Now().Add(writeWithin)) // where the connection has such a thing
+		_ = control.SetWriteDeadline(time.Now().Add(WriteWithin)) // where the connection has such a thing
 		event, next := f.now()
 		if _, err := w.Write(event); err != nil {
 			panic(http.ErrAbortHandler) // nobody reads any more
