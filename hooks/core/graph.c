@@ -4,7 +4,7 @@
  * The attention output of layer N is the tensor that is multiplied by `blk.N.attn_output.weight`. The weight's
  * name holds across engines and versions; names of nodes do not.
  */
-#include "kvs.h"
+#include "meter.h"
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -27,6 +27,7 @@ struct sched_state {
     struct kvs_plan *plan;  /* mode resident's; NULL in mode permute */
     bool resident;          /* the graph being computed has steps of the plan */
     struct ggml_cgraph *graph; /* that was understood last; the engine computes it again until it lays out another one */
+    struct kvs_cells cells;    /* of that graph */
     bool laid_out;             /* another one, since then */
     bool says_so;              /* the engine lays out graphs through a function that the hook sees */
     struct target *targets; /* in the order in which they are computed */
@@ -344,7 +345,20 @@ static bool understand(struct sched_state *s, struct ggml_cgraph *graph)
     if (s->resident && !kvs_resident_prepare(s->g, s->plan, graph))
         return false;
     s->graph = graph;
+    s->cells = kvs_graph_cells(s->g, graph);
     return true;
+}
+
+static int compute(struct sched_state *s, struct ggml_cgraph *graph)
+{
+    struct kvs_part parts[KVS_PARTS_MAX];
+    size_t count = kvs_batch_parts(s->g, &s->cells, parts);
+    kvs_meter_begin(kvs_now_ns());
+    s->host_stopped = false;
+    s->g->set_eval_callback(s->sched, evaluate, s);
+    int status = s->g->graph_compute_async(s->sched, graph);
+    kvs_meter_end(kvs_now_ns(), s->cells.tokens, parts, count);
+    return status;
 }
 
 int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph)
@@ -359,9 +373,7 @@ int kvs_graph_compute(struct kvs_ggml *g, void *sched, struct ggml_cgraph *graph
         g->set_eval_callback(sched, s->host, s->host_user);
         return g->graph_compute_async(sched, graph);
     }
-    s->host_stopped = false;
-    g->set_eval_callback(sched, evaluate, s);
-    int status = g->graph_compute_async(sched, graph);
+    int status = compute(s, graph);
     long missing = missing_layer(s);
     if (status == KVS_GGML_STATUS_SUCCESS && missing >= 0 && !s->host_stopped)
         kvs_die("the engine passed over the attention output of layer %ld", missing);
