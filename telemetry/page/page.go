@@ -67,12 +67,3 @@ type Error struct {
 	Kind    string    `json:"kind"`
 	Message string    `json:"message"`
 }
-
-// ShareBounds are bounds of Snapshot.Share that the page shows best: all of the same width.
-func ShareBounds() []float64 {
-	bounds := make([]float64, 40)
-	for i := range bounds {
-		bounds[i] = float64(i+1) / 40
-	}
-	return bounds
-}

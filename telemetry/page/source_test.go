@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/kvshield/kvshield/telemetry"
+	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/telemetry/page"
 )
 
@@ -20,17 +20,11 @@ func (m *machine) snapshot() page.Snapshot {
 	wave := math.Sin(float64(n) / 9)
 	s := page.Snapshot{
 		Time: time.Now(), Mode: "resident", TEE: "software", Model: "demo.gguf", Ready: true,
-		Statement: "an ordinary process, hardened: no core dumps, not traceable, memory locked; root can read it",
-		Requests:  page.Requests{Active: int(3 + 2*wave), Queued: int(max(0, 2*wave)), Total: uint64(1200 + n), Failed: 3},
-		Tokens:    page.Tokens{Rate: 96 + 14*wave + 5*math.Sin(float64(n)), Total: uint64(91_000 + 96*n)},
-		Share:     bell(page.ShareBounds(), 0.34+0.03*wave, 0.06, 5000),
-		Transition: func() page.Distribution {
-			var bounds []float64
-			for i := range telemetry.Buckets {
-				bounds = append(bounds, telemetry.BucketEnd(i).Seconds())
-			}
-			return logBell(bounds, 62e-6*(1+0.1*wave), 0.3, 185_000)
-		}(),
+		Statement:      "an ordinary process, hardened: no core dumps, not traceable, memory locked; root can read it",
+		Requests:       page.Requests{Active: int(3 + 2*wave), Queued: int(max(0, 2*wave)), Total: uint64(1200 + n), Failed: 3},
+		Tokens:         page.Tokens{Rate: 96 + 14*wave + 5*math.Sin(float64(n)), Total: uint64(91_000 + 96*n)},
+		Share:          bell(bounds(40, func(i int) float64 { return float64(i+1) / 40 }), 0.34+0.03*wave, 0.06, 5000),
+		Transition:     logBell(bounds(meter.Buckets, func(i int) float64 { return meter.BucketEnd(i).Seconds() }), 62e-6*(1+0.1*wave), 0.3, 185_000),
 		TransitionRate: 3168 * (1 + 0.1*wave), BytesRate: 3168 * 12288 * (1 + 0.1*wave),
 		Errors: []page.Error{
 			{Time: time.Now().Add(-26 * time.Hour), Kind: "unavailable_error", Message: "the enclave died and is started again"},
@@ -48,6 +42,14 @@ func (m *machine) snapshot() page.Snapshot {
 		m.spoil(&s)
 	}
 	return s
+}
+
+func bounds(n int, bound func(int) float64) []float64 {
+	all := make([]float64, n)
+	for i := range all {
+		all[i] = bound(i)
+	}
+	return all
 }
 
 func bell(bounds []float64, mean, width, total float64) page.Distribution {
