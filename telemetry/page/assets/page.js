@@ -10,21 +10,30 @@ const longestPause = 10000;
 const charts = new Charts();
 let paused = false;
 let latest = null;
+let shown = null; // latest, except in a pause
+let live = false;
 
 function show(snapshot) {
   latest = snapshot;
+  live = true;
   charts.remember(snapshot);
   keyTaken();
   at("figures").hidden = false;
   at("figures").classList.remove("stale");
   at("pause").hidden = at("last").hidden = false;
-  if (!paused) render();
+  // A pause stops the figures, not this.
+  state(snapshot.ready ? "ready" : "down", snapshot.ready ? "ready" : "not ready");
+  notice(warning(snapshot));
+  try {
+    if (!paused) render();
+  } catch (e) {
+    reportError(e); // or it would look like the end of the stream
+  }
 }
 
 function render() {
-  if (!latest || document.hidden) return;
-  state(latest.ready ? "ready" : "down", latest.ready ? "ready" : "not ready");
-  notice(warning(latest));
+  if (!live || document.hidden) return;
+  shown = latest;
   document.title = latest.model ? `kvshield: ${latest.model}` : "kvshield";
   figures(latest);
   charts.draw(latest);
@@ -38,6 +47,7 @@ function warning(s) {
 }
 
 function lost(why) {
+  live = false;
   state("lost", "no connection; trying again");
   if (why) notice(why);
   at("figures").classList.add("stale");
@@ -84,5 +94,5 @@ at("pause").addEventListener("click", () => {
   render();
 });
 document.addEventListener("visibilitychange", render);
-charts.onChange(() => latest && charts.draw(latest));
+charts.onChange(() => shown && charts.draw(shown));
 follow();
