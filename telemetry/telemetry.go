@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/propagation"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/kvshield/kvshield/hooks/meter"
@@ -27,8 +28,7 @@ import (
 	"github.com/kvshield/kvshield/telemetry/attribution"
 	"github.com/kvshield/kvshield/telemetry/export"
 	"github.com/kvshield/kvshield/telemetry/live"
-
-	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"github.com/kvshield/kvshield/telemetry/page"
 )
 
 // Scopes of the instruments: GenAI's conventions have a schema of their own.
@@ -197,7 +197,8 @@ func (t *Telemetry) Attach(c proxy.Config) proxy.Config {
 		return c
 	}
 	c.Observer = observer{t}
-	own := map[string]http.Handler{"/kvshield/metrics": http.HandlerFunc(t.scrape)}
+	own := page.Handlers(t.snapshot)
+	own["/kvshield/metrics"] = http.HandlerFunc(t.scrape)
 	for path, h := range c.Own {
 		own[path] = h
 	}

@@ -10,12 +10,13 @@ import (
 	"time"
 
 	"github.com/kvshield/kvshield/hooks/meter"
+	"github.com/kvshield/kvshield/telemetry/page"
 )
 
 const (
 	seconds    = 60
 	rateOver   = 5  // seconds
-	shareParts = 40 // of a whole
+	shareParts = 40 // of a whole, as page.ShareBounds has them
 )
 
 // Window of the last minute. Its zero value has seen nothing; it may be used by several goroutines.
@@ -131,13 +132,10 @@ func per(n float64, d time.Duration) float64 {
 }
 
 // Share is the distribution of what [Window.Token] was told.
-func (w *Window) Share() Distribution {
+func (w *Window) Share() page.Distribution {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	d := Distribution{Counts: make([]uint64, shareParts+1)}
-	for i := range shareParts {
-		d.Bounds = append(d.Bounds, float64(i+1)/shareParts)
-	}
+	d := page.Distribution{Bounds: page.ShareBounds(), Counts: make([]uint64, shareParts+1)}
 	w.past(seconds, func(s *second) {
 		for i, n := range s.share {
 			d.Counts[i] += n
@@ -148,7 +146,7 @@ func (w *Window) Share() Distribution {
 }
 
 // quantile is linear within a bucket.
-func quantile(d Distribution, q float64) float64 {
+func quantile(d page.Distribution, q float64) float64 {
 	var all, sum uint64
 	for _, n := range d.Counts {
 		all += n
@@ -170,7 +168,7 @@ func quantile(d Distribution, q float64) float64 {
 }
 
 // Transitions is the distribution of what a transition took, in seconds, and how many transitions and bytes there were in a second lately.
-func (w *Window) Transitions() (d Distribution, rate, bytes float64) {
+func (w *Window) Transitions() (d page.Distribution, rate, bytes float64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var all meter.Histogram
@@ -205,7 +203,7 @@ func Fold(h *meter.Histogram) (bounds []float64, counts []uint64) {
 }
 
 // Layers says what a transition of each layer took on average.
-func (w *Window) Layers() []Layer {
+func (w *Window) Layers() []page.Layer {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var sum []meter.Layer
@@ -217,10 +215,10 @@ func (w *Window) Layers() []Layer {
 			sum[i].Add(l)
 		}
 	})
-	list := make([]Layer, len(sum))
+	list := make([]page.Layer, len(sum))
 	for i, l := range sum {
 		if l.Transitions > 0 {
-			list[i] = Layer{Wait: l.Wait.Seconds() / float64(l.Transitions), Enclave: l.Enclave.Seconds() / float64(l.Transitions)}
+			list[i] = page.Layer{Wait: l.Wait.Seconds() / float64(l.Transitions), Enclave: l.Enclave.Seconds() / float64(l.Transitions)}
 		}
 	}
 	return list

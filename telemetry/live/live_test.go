@@ -53,7 +53,7 @@ func TestShareOfTheLastMinute(t *testing.T) {
 	c.w.Token(1)
 	c.tick(meter.Totals{})
 	d := c.w.Share()
-	if len(d.Bounds)+1 != len(d.Counts) || d.Bounds[19] != 0.5 || d.Counts[19] != 98 || d.Counts[39] != 2 || d.Counts[40] != 0 {
+	if len(d.Bounds) != shareParts || len(d.Counts) != shareParts+1 || d.Bounds[19] != 0.5 || d.Counts[19] != 98 || d.Counts[39] != 2 || d.Counts[40] != 0 {
 		t.Errorf("%+v", d)
 	}
 	if d.P50 < 0.475 || d.P50 > 0.5 || d.P99 < 0.975 || d.P99 > 1 {

@@ -1,5 +1,13 @@
-// Package live
-package live
+// Package page is the page at /kvshield/: what the shield costs now, in any browser, without anything beside kvshield.
+//
+// Start with [Handlers]: what it returns goes into proxy.Config.Own. The caller says how things stand by a [Snapshot], once a
+// second while somebody looks; everything that is shown comes from there.
+//
+// Limits: a page knows the past only since it was opened. At most [MaxStreams] look at a time.
+//
+// Promises: the page asks no other host for anything and runs no script but its own files. It is the same for everybody: what is
+// worth a key is in the stream of events only. A reader that leaves, or does not read, costs nothing after a few seconds.
+package page
 
 import "time"
 
@@ -58,13 +66,4 @@ type Error struct {
 	Time    time.Time `json:"time"`
 	Kind    string    `json:"kind"`
 	Message string    `json:"message"`
-}
-
-// ShareBounds are bounds of Snapshot.Share that the page shows best: all of the same width.
-func ShareBounds() []float64 {
-	bounds := make([]float64, 40)
-	for i := range bounds {
-		bounds[i] = float64(i+1) / 40
-	}
-	return bounds
 }
