@@ -16,7 +16,7 @@ import (
 const (
 	seconds    = 60
 	rateOver   = 5  // seconds
-	shareParts = 40 // of a whole, as page.ShareBounds has them
+	shareParts = 40 // of a whole
 )
 
 // Window of the last minute. Its zero value has seen nothing; it may be used by several goroutines.
@@ -135,7 +135,10 @@ func per(n float64, d time.Duration) float64 {
 func (w *Window) Share() page.Distribution {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	d := page.Distribution{Bounds: page.ShareBounds(), Counts: make([]uint64, shareParts+1)}
+	d := page.Distribution{Counts: make([]uint64, shareParts+1)}
+	for i := range shareParts {
+		d.Bounds = append(d.Bounds, float64(i+1)/shareParts)
+	}
 	w.past(seconds, func(s *second) {
 		for i, n := range s.share {
 			d.Counts[i] += n
