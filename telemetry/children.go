@@ -21,6 +21,7 @@ const (
 	keyWait        = attribute.Key("kvshield.enclave.wait.time")
 	keyEnclave     = attribute.Key("kvshield.enclave.time")
 	keyShare       = attribute.Key("kvshield.enclave.share")
+	keyMissing     = attribute.Key("kvshield.tokens.unattributed")
 	keyIndex       = attribute.Key("kvshield.token.index")
 )
 

@@ -114,6 +114,10 @@ func (r *request) describe(said answer.Usage, first time.Time) {
 		p := r.account.Prefill
 		p.Join(r.account.Decode)
 		list = append(list, cost(p)...)
+		// The last token that is sampled is not computed any more.
+		if missing := said.Processed + said.Output - 1 - p.Tokens; said.Processed >= 0 && said.Output > 0 && missing > 0 {
+			list = append(list, keyMissing.Int(missing))
+		}
 	}
 	r.span.SetAttributes(list...)
 }

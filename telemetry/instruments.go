@@ -119,8 +119,14 @@ func (t *Telemetry) booked(g meter.Graph, class attribution.Class) {
 	i.io.Add(ctx, int64(g.Bytes), o)
 	i.wait.Add(ctx, g.Wait.Seconds(), o)
 	i.enclave.Add(ctx, g.Enclave.Seconds(), o)
-	if class == attribution.Unknown {
-		i.unattributed.Add(ctx, 1)
+	if class != attribution.Unknown {
+		return
+	}
+	i.unattributed.Add(ctx, 1)
+	for _, p := range g.Parts {
+		if p.Tokens == 1 { // most likely decoded
+			t.window.Tokens(1)
+		}
 	}
 }
 

@@ -248,8 +248,11 @@ func (a *Account) step(g meter.Graph, decode, first bool) {
 }
 
 // Settle is told how many tokens of the prompt the engine computed, where it says so. A prompt's last token may have been alone in a graph,
-// and looked like a decoded one.
+// and looked like a decoded one. Where not all of the request's graphs were booked, that cannot be told.
 func (a *Account) Settle(prompt int) {
+	if a.Prefill.Tokens+a.Decode.Tokens < prompt {
+		return
+	}
 	for len(a.early) > 0 && a.Prefill.Tokens < prompt {
 		t := a.early[0]
 		a.early = a.early[1:]
