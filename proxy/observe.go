@@ -16,7 +16,7 @@ type Kind int
 const (
 	Accepted  Kind = iota // the request was read so far as its header
 	Queued                // it waits for its turn
-	Slot                  // it has the slot Event.Slot of the engine
+	Slot                  // it has the slot Event.Slot of the engine; not for requests that take none
 	Sent                  // a connection to the engine is open, and the request goes out
 	FirstByte             // the first bytes of the answer's body
 	Chunk                 // bytes of the answer's body as they came, the first included
@@ -33,7 +33,7 @@ type Event struct {
 	HTTP    *http.Request // as the client sent it; its body must not be read
 	Header  http.Header   // of the answer, with FirstByte and End
 	Tenant  string        // name of the API key, with Slot; empty without keys
-	Slot    int           // with Slot and Clearing; -1 for all, with Slot
+	Slot    int           // with Slot: the engine's number, tenant.AllSlots or tenant.AnySlot; with Clearing a number
 	Data    []byte        // with Chunk: part of an answer, never to be logged or kept
 	Status  int           // with End; 0 when nothing was answered
 	Cut     bool          // with End: the answer broke off, or the client left

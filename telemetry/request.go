@@ -15,6 +15,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/kvshield/kvshield/proxy"
+	"github.com/kvshield/kvshield/proxy/tenant"
 	"github.com/kvshield/kvshield/telemetry/answer"
 	"github.com/kvshield/kvshield/telemetry/attribution"
 )
@@ -190,7 +191,7 @@ func (r *request) clearing(e proxy.Event) {
 	t.ledger.Assign(e.Slot, nil)
 }
 
-// granted a slot: what is computed for it from now on is this request's.
+// granted a slot: what is computed for it from now on is this request's. Where the engine chooses one itself, that is not known.
 func (r *request) granted(e proxy.Event) {
 	t := r.t
 	r.slot = e.At
@@ -198,7 +199,9 @@ func (r *request) granted(e proxy.Event) {
 	defer t.mu.Unlock()
 	t.drain()
 	t.admit(r)
-	t.ledger.Assign(e.Slot, &r.account)
+	if e.Slot != tenant.AnySlot {
+		t.ledger.Assign(e.Slot, &r.account)
+	}
 }
 
 // ended: a request that was cut may have a graph running, and is closed a moment later.

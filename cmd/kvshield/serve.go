@@ -88,6 +88,7 @@ func serve(ctx context.Context, f *serveFlags, args []string) error {
 	if err := f.telemetryFlags.check(); err != nil {
 		return err
 	}
+	f.nameSlots = f.nameSlots && f.telemetry
 	p, err := f.front(log)
 	if err != nil {
 		return err
@@ -219,8 +220,9 @@ func (h *host) startEngine(ctx context.Context) error {
 	if h.flags.verbose {
 		c.Output = os.Stderr
 	}
-	if h.front.tenants != nil {
-		h.front.tenants.Resize(0) // nothing that was meant for the engine before reaches this one
+	pool := h.front.pool()
+	if pool != nil {
+		pool.Resize(0) // nothing that was meant for the engine before reaches this one
 	}
 	s, err := llamacpp.StartServer(c)
 	if err != nil {
@@ -234,14 +236,18 @@ func (h *host) startEngine(ctx context.Context) error {
 		s.Kill()
 		return fmt.Errorf("%s loaded its model past kvshield's hook; use a build of llama.cpp with shared libraries (BUILD_SHARED_LIBS=ON)", h.program)
 	}
-	if h.front.tenants != nil {
+	if pool != nil {
 		slots, err := s.Slots(ctx)
-		if err != nil {
+		if err != nil && h.front.tenants != nil {
 			s.Kill()
 			return err
 		}
-		h.front.tenants.KeepsNothing = h.passes
-		defer h.front.tenants.Resize(slots)
+		if err != nil {
+			h.log.Warn("what the enclave costs is not known by request", "error", err)
+			slots = -1
+		}
+		pool.KeepsNothing = h.passes
+		defer pool.Resize(slots)
 	}
 	h.starts.Add(1)
 	h.server.Store(s)

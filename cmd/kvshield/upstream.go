@@ -80,7 +80,7 @@ func newUpstream(f *serveFlags, p *front) (*upstream, error) {
 	if err := u.oneTenant(); err != nil {
 		return nil, err
 	}
-	p.tenants, p.config.Tenants = nil, nil
+	p.tenants, p.config.Tenants, p.config.Slots = nil, nil, nil
 	program, a, err := beacon.Find(port)
 	if err != nil {
 		return nil, fmt.Errorf("%s is not known to be shielded: %w; start it with kvshield run -- PROGRAM", f.upstream, err)

@@ -32,7 +32,7 @@ type Config struct {
 	Pool    *Pool
 	Of      func(context.Context) string        // whose request it is
 	MaxBody int64                               // of a request, which is held in memory; 0: 64 MiB
-	Granted func(ctx context.Context, slot int) // is told which slot a request has, -1 for all
+	Granted func(ctx context.Context, slot int) // is told which slot a request has, AllSlots or AnySlot
 	Flush   http.RoundTripper                   // to the engine, by way of Dialer
 	// Clearing is told of a slot before it is cleared of what another tenant left. It may be nil.
 	Clearing func(ctx context.Context, slot int)
@@ -138,11 +138,15 @@ func (c Config) pin(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		return
 	}
 	c.hold(w, r, next, b.many, func(r *http.Request, slot int) {
-		out := b.in(slot) // -1 for any, when all slots are this request's
-		r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(out)), int64(len(out)), nil
-		r.Header.Set("Content-Length", strconv.Itoa(len(out)))
+		replace(r, b.in(slot)) // -1 for any, when all slots are this request's
 		r.Header.Set("Content-Type", "application/json")
 	})
+}
+
+// replace gives a request of our own another body.
+func replace(r *http.Request, text []byte) {
+	r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(text)), int64(len(text)), nil
+	r.Header.Set("Content-Length", strconv.Itoa(len(text)))
 }
 
 func (c Config) read(w http.ResponseWriter, r *http.Request) ([]byte, *reply.Failure) {
@@ -189,9 +193,7 @@ func (c Config) hold(w http.ResponseWriter, r *http.Request, next http.Handler, 
 		}
 		l.own(id, tenant)
 	}
-	if c.Granted != nil {
-		c.Granted(r.Context(), l.Slot())
-	}
+	c.granted(r.Context(), l.Slot())
 	prepare(r, l.Slot())
 	next.ServeHTTP(w, r)
 }

@@ -5,8 +5,8 @@
 // the request is over.
 //
 // The rules: a graph's transitions count for every request that took part in it; its bytes and times are divided by its tokens. A
-// graph that does not say whose tokens it had belongs to the only request there is, else to nobody. A sequence that is nobody's is
-// treated alike.
+// graph that does not say whose tokens it had belongs to the only request there is, else to nobody. A sequence that was assigned to nobody
+// yet belongs to the only request that has no sequence of its own, else to nobody.
 //
 // A ledger is not for several goroutines at a time.
 package attribution
@@ -131,16 +131,28 @@ func (l *Ledger) owner(sequence int) *Account {
 	return l.only()
 }
 
-// only is the request that is alone; a request that has sequences of its own has nothing to do with others.
+// only is the request that alone has no sequence of its own: one that has, has nothing to do with others.
 func (l *Ledger) only() *Account {
-	if len(l.present) == 1 {
-		for a := range l.present {
-			if len(l.owners) == 0 {
-				return a
-			}
+	var only *Account
+	for a := range l.present {
+		switch {
+		case l.owns(a):
+		case only != nil:
+			return nil
+		default:
+			only = a
 		}
 	}
-	return nil
+	return only
+}
+
+func (l *Ledger) owns(a *Account) bool {
+	for _, owner := range l.owners {
+		if owner == a {
+			return true
+		}
+	}
+	return false
 }
 
 // Book graphs in the order in which they were computed.

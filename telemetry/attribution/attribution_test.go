@@ -171,6 +171,23 @@ func TestTheOnlyRequest(t *testing.T) {
 	}
 }
 
+// One request among others may have a sequence that the engine chose.
+func TestTheOnlyRequestWithoutASequence(t *testing.T) {
+	var ann, bob, cid Account
+	var b bench
+	l := ledger(&ann)
+	l.Enter(&bob)
+	l.Book([]meter.Graph{b.graph(in(0, 2), in(5, 3))})
+	l.Enter(&cid)
+	l.Book([]meter.Graph{b.graph(in(5, 1))})
+	l.Leave(&cid)
+	l.Assign(5, nil)
+	l.Book([]meter.Graph{b.graph(in(5, 1))})
+	check(t, "ann's", ann.Prefill, 1, 2)
+	check(t, "bob's", bob.Prefill, 1, 3)
+	check(t, "bob's decode", bob.Decode, 0, 0)
+}
+
 func TestAllSlots(t *testing.T) {
 	var ann, bob Account
 	var b bench
