@@ -79,7 +79,7 @@ func New(c Config) http.Handler {
 	var h http.Handler = e.handler(way)
 	switch {
 	case c.Tenants != nil:
-		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Flush: way}, h)
+		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Clearing: clearing, Flush: way}, h)
 	case c.Slots != nil:
 		h = tenant.Share(tenant.Config{Pool: c.Slots, MaxBody: c.MaxBody, Granted: granted}, h)
 	}

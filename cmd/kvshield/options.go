@@ -16,6 +16,8 @@ import (
 	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/hooks/dataplane"
 	"github.com/kvshield/kvshield/hooks/session"
+	"github.com/kvshield/kvshield/telemetry/live"
+	"github.com/kvshield/kvshield/telemetry/logs"
 )
 
 const (
@@ -39,8 +41,10 @@ type options struct {
 	spin       string
 	timeout    time.Duration
 	logLevel   string
+	logFormat  string
 	runtimeDir string
 	resident   residentOptions
+	errors     *live.Errors // keeps what loggers warn of; nil: nobody asks
 }
 
 func (o *options) register(cmd *cobra.Command) {
@@ -60,8 +64,10 @@ func (o *options) registerShield(cmd *cobra.Command) {
 	f.StringVar(&o.spin, "spin", "auto", "how long each end of the data plane spins before it sleeps, such as 20us (auto: 0 on few cores)")
 	f.DurationVar(&o.timeout, "enclave-timeout", 10*time.Second, "how long an engine waits for the enclave before it is ended")
 	f.StringVar(&o.logLevel, "log-level", "warn", "debug, info, warn or error")
+	f.StringVar(&o.logFormat, "log-format", logs.Text, "text or json: how log lines are written")
 	f.StringVar(&o.runtimeDir, "runtime-dir", "", "directory below which this run keeps its sockets (default: the user's runtime directory, or that for temporary files)")
 	o.resident.register(f)
+	_ = cmd.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{logs.Text, logs.JSON}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("tee", cobra.FixedCompletions([]string{"auto", "sgx", "software"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("data-plane", cobra.FixedCompletions([]string{"shm", "socket"}, cobra.ShellCompDirectiveNoFileComp))
 }
@@ -75,13 +81,21 @@ func checkMode(mode string) error {
 	return usagef("there is no mode %q; use --mode %s", mode, strings.Join(modes, ", "))
 }
 
-// logger writes text lines to standard error.
+// logger writes to standard error.
 func (o *options) logger() (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
 		return nil, usagef("there is no log level %q; use debug, info, warn or error", o.logLevel)
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})), nil
+	var failed func(time.Time, string)
+	if o.errors != nil {
+		failed = func(at time.Time, message string) { o.errors.Add(at, "log", message) }
+	}
+	log, err := logs.New(os.Stderr, o.logFormat, level, failed)
+	if err != nil {
+		return nil, usagef("%v", err)
+	}
+	return log, nil
 }
 
 // config is the supervisor that the flags describe.

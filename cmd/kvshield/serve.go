@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -20,6 +21,8 @@ import (
 	"github.com/kvshield/kvshield/adapters/watch"
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/proxy"
+	"github.com/kvshield/kvshield/telemetry"
+	"github.com/kvshield/kvshield/telemetry/live"
 )
 
 const (
@@ -33,6 +36,7 @@ const (
 type serveFlags struct {
 	options
 	proxyFlags
+	telemetryFlags
 	model, listen, engine, upstream string
 	verbose                         bool
 }
@@ -65,6 +69,7 @@ started again.`,
 	}
 	f.options.register(cmd)
 	f.proxyFlags.register(cmd)
+	f.telemetryFlags.register(cmd)
 	cmd.Flags().StringVarP(&f.model, "model", "m", "", "path of the model, a GGUF file")
 	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8080", "address to serve on")
 	cmd.Flags().StringVar(&f.engine, "engine", "llama-server", "llama-server to run: a name or a path")
@@ -75,10 +80,15 @@ started again.`,
 }
 
 func serve(ctx context.Context, f *serveFlags, args []string) error {
+	f.errors = &live.Errors{}
 	log, err := f.logger()
 	if err != nil {
 		return err
 	}
+	if err := f.telemetryFlags.check(); err != nil {
+		return err
+	}
+	f.nameSlots = f.nameSlots && f.telemetry
 	p, err := f.front(log)
 	if err != nil {
 		return err
@@ -109,6 +119,9 @@ func serve(ctx context.Context, f *serveFlags, args []string) error {
 	}
 	h.front = p
 	defer h.close()
+	if err := h.measure(ctx, listener.Addr()); err != nil {
+		return err
+	}
 	if err := h.startFirst(ctx); err != nil {
 		return err
 	}
@@ -127,6 +140,8 @@ type host struct {
 	env        []string
 	passes     bool // its model keeps nothing, and is opened as it is
 	protection string
+	report     enclave.Report // nothing in mode off
+	telemetry  *telemetry.Telemetry
 	front      *front
 	since      time.Time
 	starts     atomic.Int64
@@ -175,6 +190,7 @@ func (h *host) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	h.report = report
 	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.mode, report.Backend)
 	if !report.Hardware {
 		h.protection += ": no hardware protection"
@@ -193,6 +209,13 @@ func (h *host) notReady(reason string) { h.reason.Store(&reason) }
 
 // start starts the engine and waits until it has loaded its model, shielded.
 func (h *host) start(ctx context.Context) error {
+	end := h.telemetry.Shielding(filepath.Base(h.flags.model))
+	err := h.startEngine(ctx)
+	end(err)
+	return err
+}
+
+func (h *host) startEngine(ctx context.Context) error {
 	c := llamacpp.ServerConfig{Program: h.program, Model: h.flags.model, Socket: h.dir.Path("engine.sock"), Args: h.args, Env: h.env}
 	if h.flags.verbose {
 		c.Output = os.Stderr
@@ -280,11 +303,8 @@ func (h *host) serve(ctx context.Context, l net.Listener) error {
 func (h *host) handler() http.Handler {
 	c := h.front.config
 	c.Dial, c.State, c.Status = h.dial, h.state, h.status
-	return proxy.New(h.watched(c))
+	return h.telemetry.Handler(proxy.New(h.watched(c)))
 }
-
-// watched is where telemetry attaches: an Observer for the proxy's events, pages of its own below /kvshield/ in Own.
-func (h *host) watched(c proxy.Config) proxy.Config { return c }
 
 func (h *host) dial(ctx context.Context) (net.Conn, error) { return h.server.Load().Dial(ctx) }
 
@@ -347,6 +367,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 func (h *host) close() {
+	h.telemetry.Close()
 	if s := h.server.Load(); s != nil {
 		s.Stop()
 	}

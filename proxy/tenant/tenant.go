@@ -34,6 +34,8 @@ type Config struct {
 	MaxBody int64                               // of a request, which is held in memory; 0: 64 MiB
 	Granted func(ctx context.Context, slot int) // is told which slot a request has, AllSlots or AnySlot
 	Flush   http.RoundTripper                   // to the engine, by way of Dialer
+	// Clearing is told of a slot before it is cleared of what another tenant left. It may be nil.
+	Clearing func(ctx context.Context, slot int)
 }
 
 // use of the engine by a path.
@@ -182,6 +184,9 @@ func (c Config) hold(w http.ResponseWriter, r *http.Request, next http.Handler, 
 	r = r.WithContext(withLease(r.Context(), l))
 	for _, id := range l.foreign() {
 		l.own(id, "")
+		if c.Clearing != nil {
+			c.Clearing(r.Context(), id)
+		}
 		if flush(r.Context(), c.Flush, id) != nil {
 			reply.Failure{Message: "a slot of the engine could not be cleared of another key's tokens; send the request again in a moment", Type: reply.Unavailable, Code: http.StatusServiceUnavailable}.WriteRetry(w, retryAfter)
 			return
