@@ -196,6 +196,7 @@ type completion struct {
 	Timings   struct {
 		CacheN  int `json:"cache_n"`
 		PromptN int `json:"prompt_n"`
+		DraftN  int `json:"draft_n"`
 	} `json:"timings"`
 	Probs []struct {
 		Top []struct {
@@ -205,7 +206,7 @@ type completion struct {
 	} `json:"completion_probabilities"`
 }
 
-// complete asks for a greedy completion. More overrides and adds request fields.
+// complete asks for a greedy completion, with what else its tokens could have been. More overrides and adds request fields.
 func (s *server) complete(t *testing.T, prompt string, n int, more map[string]any) completion {
 	t.Helper()
 	c, err := s.tryComplete(prompt, n, more)
@@ -216,7 +217,8 @@ func (s *server) complete(t *testing.T, prompt string, n int, more map[string]an
 }
 
 func (s *server) tryComplete(prompt string, n int, more map[string]any) (completion, error) {
-	request := map[string]any{"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": true, "return_tokens": true, "cache_prompt": false}
+	request := map[string]any{"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": true, "return_tokens": true, "cache_prompt": false,
+		"n_probs": nearest}
 	for k, v := range more {
 		request[k] = v
 	}
