@@ -121,6 +121,7 @@ func beginsRight(t *testing.T, beginning, text string) {
 func TestEnclaveFailsInMidAnswer(t *testing.T) { inEachMode(t, enclaveFailsInMidAnswer) }
 
 func enclaveFailsInMidAnswer(t *testing.T, mode string) {
+	t.Parallel() // it mostly waits for a timeout
 	for name, signal := range map[string]syscall.Signal{"killed": syscall.SIGKILL, "frozen": syscall.SIGSTOP} {
 		t.Run(name, func(t *testing.T) {
 			s := startShielded(t, serveOptions{model: demoModel, mode: mode, flags: []string{"--enclave-timeout", "1s"}, args: []string{"-c", "2048", "-np", "1"}})

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -16,7 +17,6 @@ import (
 	"time"
 
 	"github.com/kvshield/kvshield/adapters/supervisor"
-	"github.com/kvshield/kvshield/internal/tinymodel"
 )
 
 // parent is a program that starts llama-server as Ollama does, stock or under kvshield run.
@@ -35,15 +35,8 @@ type parentAnswer struct {
 	Error     string
 }
 
-var parentDir string // of the program, once it was built
-
 var buildParent = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("/tmp", "kvs-parent-")
-	if err != nil {
-		return "", err
-	}
-	parentDir = dir
-	out := filepath.Join(dir, "parent")
+	out := filepath.Join(buildDir, "parent")
 	cmd := exec.Command("go", "build", "-o", out, "./e2e/testdata/parent")
 	cmd.Dir = root
 	if text, err := cmd.CombinedOutput(); err != nil {
@@ -253,40 +246,22 @@ func TestParentWithDraftModel(t *testing.T) {
 
 func TestParentWithEmbeddingModel(t *testing.T) {
 	model := tiny(t, "bert")
-	ask := func(p *parent) string {
+	ask := func(p *parent) []float64 {
 		t.Helper()
-		answer, err := p.load(t, "bert", model, "--embedding", "-c", "512").post("/embedding", map[string]any{"content": "At last the sailors"})
+		answer, err := p.load(t, "bert", model, embedding...).tryEmbed()
 		if err != nil {
 			t.Fatal(err)
 		}
-		return string(answer)
+		return answer
 	}
 	want := ask(startParent(t, "", nil))
 	inEachMode(t, func(t *testing.T, mode string) {
 		p := startParent(t, mode, nil)
-		if got := ask(p); got != want {
-			t.Errorf("embedding %.80s, want %.80s", got, want)
+		if got := ask(p); !slices.Equal(got, want) {
+			t.Errorf("embeddings %v, want %v", got[:4], want[:4])
 		}
 		p.awaitModels(t, map[string]string{model: map[string]string{"resident": "resident", "permute": "passed"}[mode]})
 	})
-}
-
-// tiny writes a small model of an architecture.
-func tiny(t *testing.T, architecture string) string {
-	t.Helper()
-	e, err := tinymodel.Open(t.TempDir(), filepath.Join(root, ".engine"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := e.Discover(t.TempDir(), tinymodel.Start(architecture))
-	if err != nil {
-		t.Fatal(err)
-	}
-	model := filepath.Join(t.TempDir(), architecture+".gguf")
-	if err := r.Write(model); err != nil {
-		t.Fatal(err)
-	}
-	return model
 }
 
 // The enclave is killed while two models answer: what their clients got is the beginning of the right text, both engines say why
