@@ -7,8 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -95,7 +93,7 @@ func runShielded(o *options, child *exec.Cmd, allowed []string) error {
 		return err
 	}
 	if len(allowed) > 0 {
-		cfg.Allowed = allowance(allowed)
+		cfg.Allowed = store.Listed(allowed)
 	}
 	cfg.Program = child.Args[0]
 	// Not the command's context: a signal is for the program, and the shield stays up until that has ended.
@@ -126,26 +124,6 @@ func runShielded(o *options, child *exec.Cmd, allowed []string) error {
 	tree.end()
 	signals.stop()
 	return lastWords(s, child.Args[0], endWatch(), err)
-}
-
-// allowance says of a model whether it is listed: by its path, or by the name that Ollama has for it.
-func allowance(list []string) func(path string) bool {
-	return func(path string) bool {
-		name := store.Name(path)
-		return slices.ContainsFunc(list, func(listed string) bool {
-			if name != "" && store.Same(listed, name) {
-				return true
-			}
-			absolute, err := filepath.Abs(listed)
-			if err != nil {
-				return false
-			}
-			if real, err := filepath.EvalSymlinks(absolute); err == nil {
-				absolute = real
-			}
-			return absolute == path
-		})
-	}
 }
 
 // watchTree starts the watch over this process's descendants. The returned function ends it and returns what it found.

@@ -43,11 +43,14 @@ package hook
 // #cgo LDFLAGS: -Wl,--wrap=llama_memory_seq_add
 // #include "link/link.h"
 // #include <stdlib.h>
+// extern void kvshield_look(void);
 import "C"
 
 import (
 	"errors"
 	"unsafe"
+
+	"github.com/kvshield/kvshield/adapters/ollama/embedded/cells"
 )
 
 // None is a process that computes nothing: a server, a client. It may read a model's vocabulary.
@@ -67,6 +70,8 @@ const pathMax = 4096
 // Ollama is a runner of Ollama's own engine, which reads models in Go. It gets the path to open instead of model.
 func Ollama(model string) (string, error) {
 	C.kvs_link_is(C.KVS_LINK_OLLAMA)
+	caches = cells.Follow()
+	C.kvs_link_watch((*[0]byte)(C.kvshield_look))
 	if model == "" {
 		return "", nil
 	}
@@ -78,4 +83,15 @@ func Ollama(model string) (string, error) {
 		return "", ErrRefused
 	}
 	return C.GoString(out), nil
+}
+
+var caches *cells.Caches
+
+// kvshield_look is called before each graph of Ollama's own engine in mode resident.
+//
+//export kvshield_look
+func kvshield_look() {
+	caches.Look(func(keys unsafe.Pointer, stay []uint32) {
+		C.kvs_link_keep(keys, (*C.uint32_t)(unsafe.SliceData(stay)))
+	})
 }

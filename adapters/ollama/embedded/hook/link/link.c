@@ -7,6 +7,7 @@
 #include "engine.h"
 #include "entry.h"
 #include "flavour.h"
+#include "record.h"
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -16,6 +17,20 @@
 #include <errno.h>
 
 static enum kvs_link_engine engine = KVS_LINK_NONE;
+
+static void (*watcher)(void);
+
+void kvs_link_watch(void (*look)(void))
+{
+    watcher = look;
+}
+
+void kvs_link_keep(const void *keys, const uint32_t *cells)
+{
+    const struct kvs_cache *c = kvs_cache_of(keys);
+    if (c)
+        kvs_cells_keep(c, cells);
+}
 
 void kvs_link_is(enum kvs_link_engine e)
 {
@@ -125,7 +140,8 @@ int kvs_link_open(const char *path, char *out, size_t len)
         kvs_die("the path of the model is longer than %zu bytes", len - 1);
     strcpy(out, path);
     if (kvs_exchange(path, &m, &refused)) {
-        kvs_model_complete(m);
+        if (m->original >= 0 && !kvs_link_weights(m))
+            kvs_model_complete(m);
         kvs_model_path(m, out, len);
     }
     return !refused;
@@ -172,6 +188,8 @@ WRAP(int, ggml_backend_sched_graph_compute_async, void *sched, struct ggml_cgrap
         kvs_die("a graph is computed outside a runner, where kvshield does not shield it");
     if (engine == KVS_LINK_OLLAMA) {
         kvs_link_name_caches(g, graph);
+        if (watcher && kvs_session_resident())
+            watcher();
         /* This engine leaves the graph's memory to the computation; the hook needs to know it before. */
         ggml_backend_sched_reset(sched);
         if (!g->sched_alloc(sched, graph))
@@ -214,5 +232,5 @@ WRAP(void, ggml_backend_tensor_get, const struct ggml_tensor *t, void *data, siz
 
 WRAP(void, ggml_backend_tensor_set, struct ggml_tensor *t, const void *data, size_t offset, size_t size)
 {
-    kvs_entry_tensor_set(the(), t, data, offset, size);
+    kvs_link_tensor_set(the(), t, data, offset, size);
 }
