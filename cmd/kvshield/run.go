@@ -47,7 +47,7 @@ kvshield waits for engines it left running and ends whatever else remains of its
 			child := exec.Command(program, args[1:]...)
 			child.Args[0] = args[0]
 			child.Stdin, child.Stdout, child.Stderr = os.Stdin, os.Stdout, os.Stderr
-			if o.mode == modeOff {
+			if o.Mode == modeOff {
 				return runPlain(child)
 			}
 			return runShielded(&o, child, allowed)
@@ -88,7 +88,7 @@ func exitOf(err error) error {
 }
 
 func runShielded(o *options, child *exec.Cmd, allowed []string) error {
-	cfg, err := o.config()
+	cfg, err := o.Config()
 	if err != nil {
 		return err
 	}

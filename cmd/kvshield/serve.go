@@ -75,7 +75,7 @@ started again.`,
 }
 
 func serve(ctx context.Context, f *serveFlags, args []string) error {
-	log, err := f.logger()
+	log, err := f.Logger()
 	if err != nil {
 		return err
 	}
@@ -136,15 +136,15 @@ type host struct {
 }
 
 func newHost(ctx context.Context, f *serveFlags, program string, args []string) (*host, error) {
-	cfg, err := f.config()
+	cfg, err := f.Config()
 	if err != nil {
 		return nil, err
 	}
 	h := &host{flags: f, program: program, args: args, log: cfg.Log, env: os.Environ(), since: time.Now().UTC().Truncate(time.Second)}
 	h.notReady("the engine is starting")
-	if f.mode == modeOff {
+	if f.Mode == modeOff {
 		h.protection = "mode off: the KV cache is in clear"
-		h.dir, err = supervisor.NewRuntimeDir(f.runtimeDir)
+		h.dir, err = supervisor.NewRuntimeDir(f.RuntimeDir)
 		return h, err
 	}
 	cfg.EnclaveLost = func() { h.notReady("the enclave died and is started again") }
@@ -175,7 +175,7 @@ func (h *host) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.mode, report.Backend)
+	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.Mode, report.Backend)
 	if !report.Hardware {
 		h.protection += ": no hardware protection"
 	}

@@ -44,7 +44,7 @@ type transitions struct {
 const attestWithin = 2 * time.Second
 
 func (h *host) status() any {
-	s := status{Mode: h.flags.mode, Model: filepath.Base(h.flags.model), Keys: h.front.keys(), Since: h.since}
+	s := status{Mode: h.flags.Mode, Model: filepath.Base(h.flags.model), Keys: h.front.keys(), Since: h.since}
 	st := h.state()
 	s.Health = health{Ready: st.Ready, Reason: st.Reason, Starts: h.starts.Load()}
 	s.Enclave, s.Transitions = shieldStatus(h.shield)

@@ -23,7 +23,7 @@ func lightBeacon(ctx context.Context, o *options, s *supervisor.Supervisor) erro
 	}
 	return beacon.Serve(ctx, s.RuntimeDir().Root(), func() beacon.Answer {
 		n, e := s.Statistics(), s.Events()
-		return beacon.Answer{Mode: o.mode, Backend: report.Backend, Hardware: report.Hardware, Statement: report.Statement, Enclave: s.EnclavePID() != 0,
+		return beacon.Answer{Mode: o.Mode, Backend: report.Backend, Hardware: report.Hardware, Statement: report.Statement, Enclave: s.EnclavePID() != 0,
 			Transitions: n.Transitions, Bytes: n.Bytes, Shielded: e.Shielded, Refused: len(e.Refusals), Ended: len(e.Fatal)}
 	})
 }
