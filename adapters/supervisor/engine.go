@@ -157,6 +157,9 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 		e.models = append(e.models, ModelStatus{path, how(opened)})
 	}
 	s.mu.Unlock()
+	if err != nil && s.cfg.Refused != nil {
+		s.cfg.Refused(p.PID, err.Error())
+	}
 	s.writeStatus()
 	s.cfg.Log.Debug("an engine opened a model", "pid", p.PID, "model", filepath.Base(path), "shielded", opened.Shield || opened.Reside, "error", err)
 	return opened, file, err
@@ -231,6 +234,9 @@ func (s *Supervisor) Fatal(p *session.Peer, message string) {
 	s.events.Fatal = note(s.events.Fatal, message)
 	s.mu.Unlock()
 	s.cfg.Log.Error("a hook ended its engine", "pid", p.PID, "reason", message)
+	if s.cfg.Ended != nil {
+		s.cfg.Ended(p.PID, message)
+	}
 }
 
 // Gone implements session.Handler.

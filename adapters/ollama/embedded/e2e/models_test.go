@@ -61,12 +61,16 @@ func createModels() error {
 	if err != nil {
 		return err
 	}
+	recurrent, err := disguise("llama", map[string]float32{"ssm_conv1d": 1}, nil)
+	if err != nil {
+		return err
+	}
 	s, err := launch(shielded, nil)
 	if err != nil {
 		return err
 	}
 	defer s.stop()
-	for name, path := range map[string]string{"demo": demoModel, "qwen3": qwen3, "gemma3": gemma3} {
+	for name, path := range map[string]string{"demo": demoModel, "qwen3": qwen3, "gemma3": gemma3, "recurrent": recurrent} {
 		if err := s.create(name, path); err != nil {
 			return fmt.Errorf("%w\n%s", err, s.log)
 		}

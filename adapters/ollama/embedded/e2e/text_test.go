@@ -94,20 +94,27 @@ func TestParallelRequests(t *testing.T) {
 }
 
 // Texts longer than the context: its oldest half is given up, time and again.
+//
+// Ollama's own engine reads a token's logits while it may already compute the shift, in the same memory, and so says something
+// else once in a while, shielded or not. What it says most often is compared.
 func TestContextShift(t *testing.T) {
-	options := object{"num_ctx": 32, "num_predict": tokens}
+	usual := func(t *testing.T, s *server, w way) map[string]string {
+		out := map[string]string{}
+		for _, prompt := range w.prompts[:2] {
+			times := map[string]int{}
+			for range 5 {
+				text := s.generate(t, w.model, prompt, object{"num_ctx": 32, "num_predict": tokens})
+				if times[text]++; times[text] > times[out[prompt]] {
+					out[prompt] = text
+				}
+			}
+		}
+		return out
+	}
 	inEachWay(t, func(t *testing.T, w way, mode string) {
 		s := start(t, stock, w.env...)
-		want := map[string]string{}
-		for _, prompt := range w.prompts[:2] {
-			want[prompt] = s.generate(t, w.model, prompt, options)
-		}
+		want := usual(t, s, w)
 		s.stop()
-		s = startIn(t, mode, w.env...)
-		got := map[string]string{}
-		for prompt := range want {
-			got[prompt] = s.generate(t, w.model, prompt, options)
-		}
-		same(t, want, got)
+		same(t, want, usual(t, startIn(t, mode, w.env...), w))
 	})
 }

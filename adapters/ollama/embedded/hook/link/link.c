@@ -153,9 +153,21 @@ int kvs_link_open(const char *path, char *out, size_t len)
     result __wrap_##name(__VA_ARGS__);                                                             \
     result __wrap_##name(__VA_ARGS__)
 
+/* The runner's own words about a failed load would come after the reason, and Ollama takes the last. */
+static _Noreturn void end_refused(void)
+{
+    enum { READ_WITHIN_US = 200 * 1000 }; /* Ollama stops reading when the process has ended */
+    usleep(READ_WITHIN_US);
+    _exit(1);
+}
+
 WRAP(struct gguf_context *, gguf_init_from_file, const char *path, struct kvs_gguf_init_params params)
 {
-    return kvs_entry_gguf(the(), path, params);
+    errno = 0;
+    struct gguf_context *model = kvs_entry_gguf(the(), path, params);
+    if (!model && engine == KVS_LINK_LLAMA && errno == EPERM)
+        end_refused();
+    return model;
 }
 
 WRAP(FILE *, ggml_fopen, const char *path, const char *mode)
