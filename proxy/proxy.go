@@ -54,6 +54,7 @@ type Config struct {
 	Tenants        *tenant.Pool            // keeps the slots of tenants apart; nil: the engine chooses slots as it likes
 	Status         func() any              // what GET /kvshield/status shows, as JSON; nil: no such page
 	Observer       Observer                // is told what happens; may be nil
+	Ollama         bool                    // the engine is Ollama: errors of its own API are written as it does, files that models are made of may be of any size
 	Own            map[string]http.Handler // further paths that are answered here, by their exact path, for those who are let in
 }
 
@@ -86,6 +87,9 @@ func New(c Config) http.Handler {
 	h = c.own(h)
 	h = c.admitted(h)
 	h = c.sized(h)
+	if c.Ollama {
+		h = plain(h)
+	}
 	return observing(c.Observer, sound(h))
 }
 

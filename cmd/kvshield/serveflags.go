@@ -65,7 +65,8 @@ type front struct {
 	serve   proxy.ServeConfig
 	config  proxy.Config
 	scheme  string
-	tenants *tenant.Pool // nil when keys share, or there are none
+	tenants *tenant.Pool // nil when keys share, or there are none, or are all of one tenant
+	alone   bool         // there is one tenant, and may not be another
 }
 
 func (f *proxyFlags) front(log *slog.Logger) (*front, error) {
@@ -153,7 +154,7 @@ func (f *proxyFlags) certificate(listener net.Addr) (tls.Certificate, error) {
 }
 
 // reloadKeys reads the keys again on SIGHUP, until ctx ends.
-func reloadKeys(ctx context.Context, ring *keys.Ring, check func() error) {
+func reloadKeys(ctx context.Context, ring *keys.Ring) {
 	if ring == nil {
 		return
 	}
@@ -168,9 +169,6 @@ func reloadKeys(ctx context.Context, ring *keys.Ring, check func() error) {
 			case <-hup:
 			}
 			warning, err := ring.Reload()
-			if err == nil {
-				err = check()
-			}
 			switch {
 			case err != nil:
 				say("the API keys stay as they were: %v", err)

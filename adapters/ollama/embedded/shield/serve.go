@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/kvshield/kvshield/adapters/beacon"
 	"github.com/kvshield/kvshield/adapters/ollama/store"
 	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/internal/settings"
@@ -56,6 +57,9 @@ func (s *Server) Start(ctx context.Context) (stop func(), err error) {
 		say("mode off: the KV cache is in clear")
 		return func() {}, os.Unsetenv(socketVariable)
 	}
+	if os.Getenv(socketVariable) != "" { // whoever started this, kvshield serve for one, has the enclave
+		return func() {}, nil
+	}
 	cfg, err := s.options.Config()
 	if err != nil {
 		return nil, err
@@ -77,6 +81,9 @@ func begin(ctx context.Context, mode string, cfg supervisor.Config) (stop func()
 	report, err := s.Attest(ctx, nil)
 	if err == nil {
 		err = os.Setenv(socketVariable, s.Socket())
+	}
+	if err == nil {
+		err = beacon.Light(ctx, mode, s)
 	}
 	if err != nil {
 		s.Close()
