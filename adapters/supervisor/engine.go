@@ -157,9 +157,6 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 		e.models = append(e.models, ModelStatus{path, how(opened)})
 	}
 	s.mu.Unlock()
-	if err != nil && s.cfg.Refused != nil {
-		s.cfg.Refused(p.PID, err.Error())
-	}
 	s.writeStatus()
 	s.cfg.Log.Debug("an engine opened a model", "pid", p.PID, "model", filepath.Base(path), "shielded", opened.Shield || opened.Reside, "error", err)
 	return opened, file, err

@@ -57,7 +57,9 @@ func blob(t *testing.T, model string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var m struct{ Layers []struct{ MediaType, Digest string } }
+	var m struct {
+		Layers []struct{ MediaType, Digest string }
+	}
 	if err := json.Unmarshal(text, &m); err != nil {
 		t.Fatal(err)
 	}

@@ -47,7 +47,6 @@ package hook
 import "C"
 
 import (
-	"errors"
 	"unsafe"
 
 	"github.com/kvshield/kvshield/adapters/ollama/embedded/cells"
@@ -62,8 +61,10 @@ func Off() { C.kvs_link_is(C.KVS_LINK_OFF) }
 // Llama is a runner of llama.cpp, whose models are exchanged when it opens them.
 func Llama() { C.kvs_link_is(C.KVS_LINK_LLAMA) }
 
-// ErrRefused means that the model cannot be shielded; the hook has said why on standard error.
-var ErrRefused = errors.New("the model was refused")
+// RefusedError says why a model cannot be shielded. The hook has said it on standard error.
+type RefusedError struct{ Reason string }
+
+func (e *RefusedError) Error() string { return e.Reason }
 
 const pathMax = 4096
 
@@ -80,7 +81,7 @@ func Ollama(model string) (string, error) {
 	out := (*C.char)(C.malloc(pathMax))
 	defer C.free(unsafe.Pointer(out))
 	if C.kvs_link_open(name, out, pathMax) == 0 {
-		return "", ErrRefused
+		return "", &RefusedError{C.GoString(out)}
 	}
 	return C.GoString(out), nil
 }

@@ -45,8 +45,12 @@ func ollama(args []string) ([]string, error) {
 			continue
 		}
 		path, err := hook.Ollama(model)
+		var refused *hook.RefusedError
+		if errors.As(err, &refused) {
+			return nil, refuse(args, "error: "+model+": "+refused.Reason)
+		}
 		if err != nil {
-			return nil, err // said on standard error, after "error:"
+			return nil, err
 		}
 		args[i] = path
 		if joined {

@@ -72,8 +72,8 @@ func (s *Server) Start(ctx context.Context) (stop func(), err error) {
 }
 
 func begin(ctx context.Context, mode string, cfg supervisor.Config) (stop func(), err error) {
-	r := &reasons{next: http.DefaultTransport, said: map[string]reason{}}
-	cfg.Refused, cfg.Ended = r.refused, r.ended
+	r := &reasons{next: http.DefaultTransport, said: map[string]string{}}
+	cfg.Ended = r.ended
 	s, err := supervisor.New(ctx, cfg)
 	if err != nil {
 		return nil, err

@@ -10,7 +10,6 @@ import (
 	"github.com/ollama/ollama/cmd"
 	"github.com/spf13/cobra"
 
-	"github.com/kvshield/kvshield/adapters/ollama/embedded/hook"
 	"github.com/kvshield/kvshield/adapters/ollama/embedded/shield"
 	"github.com/kvshield/kvshield/internal/settings"
 )
@@ -22,9 +21,7 @@ func main() {
 	if err == nil {
 		return
 	}
-	if !errors.Is(err, hook.ErrRefused) { // which the hook has said
-		fmt.Fprintln(os.Stderr, "Error:", err)
-	}
+	fmt.Fprintln(os.Stderr, "Error:", err)
 	var usage settings.UsageError
 	if errors.As(err, &usage) {
 		os.Exit(exitUsage)

@@ -144,6 +144,8 @@ int kvs_link_open(const char *path, char *out, size_t len)
             kvs_model_complete(m);
         kvs_model_path(m, out, len);
     }
+    if (refused)
+        snprintf(out, len, "%s", kvs_refusal());
     return !refused;
 }
 
