@@ -87,7 +87,7 @@ func TestEnclaveTooSmall(t *testing.T) {
 // stream asks for a long answer and hands it over piece by piece; a failure is its end.
 func (s *server) stream(t *testing.T, model, prompt string) (pieces chan string, end chan error) {
 	t.Helper()
-	body := fmt.Sprintf(`{"model":%q,"prompt":%q,"options":{"num_predict":1500,"num_ctx":2048}}`, model, prompt)
+	body := fmt.Sprintf(`{"model":%q,"prompt":%q,"options":{"num_predict":50000}}`, model, prompt)
 	resp, err := s.client.Post("http://"+s.address+"/api/generate", "application/json", strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
@@ -158,6 +158,9 @@ func TestEnclaveKilledUnderTwoModels(t *testing.T) {
 	inEachMode(t, func(t *testing.T, mode string) {
 		s := startIn(t, mode)
 		enclave := s.enclave(t)
+		for _, w := range models { // loaded before either answers: the demo model answers fast
+			s.generate(t, w.model, w.prompts[0], object{"num_predict": 1})
+		}
 		var got [2]string
 		var ends [2]chan error
 		var streams [2]chan string

@@ -209,7 +209,11 @@ WRAP(int, ggml_backend_sched_graph_compute_async, void *sched, struct ggml_cgrap
         if (!g->sched_alloc(sched, graph))
             return ALLOC_FAILED;
     }
-    return kvs_entry_compute(g, sched, graph);
+    int status = kvs_entry_compute(g, sched, graph);
+    if (status == ALLOC_FAILED && engine == KVS_LINK_OLLAMA) /* which says no more than that number to its client */
+        kvs_die("the KV cache of this context does not fit the enclave; use a smaller context (num_ctx), --enclave-storage q8_0, or a "
+                "larger --enclave-memory");
+    return status;
 }
 
 WRAP(bool, ggml_backend_sched_alloc_graph, void *sched, struct ggml_cgraph *graph)
