@@ -48,6 +48,18 @@ type Observer interface {
 	Observe(context.Context, Event)
 }
 
+// Observers are all told, in their order; nil ones are passed over.
+type Observers []Observer
+
+// Observe implements Observer.
+func (l Observers) Observe(ctx context.Context, e Event) {
+	for _, o := range l {
+		if o != nil {
+			o.Observe(ctx, e)
+		}
+	}
+}
+
 type observedKey struct{}
 
 // observed is one request under observation.

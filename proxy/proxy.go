@@ -55,6 +55,7 @@ type Config struct {
 	Slots          *tenant.Pool            // without Tenants: names slots, so that it is known which request is in which; nil: the engine chooses
 	Status         func() any              // what GET /kvshield/status shows, as JSON; nil: no such page
 	Observer       Observer                // is told what happens; may be nil
+	Ollama         bool                    // the engine is Ollama: errors of its own API are written as it does, files that models are made of may be of any size
 	Own            map[string]http.Handler // further paths that are answered here, by their exact path, for those who are let in
 }
 
@@ -90,6 +91,9 @@ func New(c Config) http.Handler {
 	h = c.own(h)
 	h = c.admitted(h)
 	h = c.sized(h)
+	if c.Ollama {
+		h = plain(h)
+	}
 	return observing(c.Observer, sound(h))
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/kvshield/kvshield/adapters/beacon"
 	"github.com/kvshield/kvshield/adapters/llamacpp"
 	"github.com/kvshield/kvshield/adapters/ollama/store"
 	"github.com/kvshield/kvshield/adapters/supervisor"
@@ -110,7 +111,7 @@ func runShielded(o *options, child *exec.Cmd, allowed []string) error {
 		return fmt.Errorf("cannot become the reaper of the program's children: %w", err)
 	}
 	endWatch := watchTree(ctx, s)
-	if err := lightBeacon(ctx, o, s); err != nil {
+	if err := beacon.Light(ctx, o.mode, s); err != nil {
 		return err
 	}
 	child.Env = s.Environment(os.Environ())
@@ -213,7 +214,7 @@ func lastWords(s *supervisor.Supervisor, program string, violations []watch.Viol
 	return exitOf(err)
 }
 
-// descendants are the processes below this one.
+// descendants are the processes below this one, but for one of them and those below that.
 type descendants struct{ exempt func() int }
 
 const (
@@ -222,9 +223,12 @@ const (
 )
 
 func (d descendants) list() []int {
-	var pids []int
+	var pids, spared []int
+	if pid := d.exempt(); pid != 0 {
+		spared = append(watch.Descendants(pid), pid)
+	}
 	for _, pid := range watch.Descendants(os.Getpid()) {
-		if pid != d.exempt() {
+		if !slices.Contains(spared, pid) {
 			pids = append(pids, pid)
 		}
 	}

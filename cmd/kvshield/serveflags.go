@@ -67,7 +67,8 @@ type front struct {
 	serve   proxy.ServeConfig
 	config  proxy.Config
 	scheme  string
-	tenants *tenant.Pool // nil when keys share, or there are none
+	tenants *tenant.Pool // nil when keys share, or there are none, or are all of one tenant
+	alone   bool         // there is one tenant, and may not be another
 }
 
 // pool of the engine's slots; nil where nobody needs to know which request is in which.
@@ -169,7 +170,7 @@ func (f *proxyFlags) certificate(listener net.Addr) (tls.Certificate, error) {
 }
 
 // reloadKeys reads the keys again on SIGHUP, until ctx ends.
-func reloadKeys(ctx context.Context, ring *keys.Ring, check func() error) {
+func reloadKeys(ctx context.Context, ring *keys.Ring) {
 	if ring == nil {
 		return
 	}
@@ -184,9 +185,6 @@ func reloadKeys(ctx context.Context, ring *keys.Ring, check func() error) {
 			case <-hup:
 			}
 			warning, err := ring.Reload()
-			if err == nil {
-				err = check()
-			}
 			switch {
 			case err != nil:
 				say("the API keys stay as they were: %v", err)

@@ -13,8 +13,11 @@ import (
 	"github.com/kvshield/kvshield/telemetry"
 )
 
-// providerLlama is llama.cpp by the name that spans and metrics have for it.
-const providerLlama = "llama.cpp"
+// Engines by the names that spans and metrics have for them.
+const (
+	providerLlama  = "llama.cpp"
+	providerOllama = "ollama"
+)
 
 // telemetryFlags say what is measured, and who is told.
 type telemetryFlags struct {
@@ -62,12 +65,23 @@ func version() string {
 // measure begins telemetry of a host, before its engine is started.
 func (h *host) measure(ctx context.Context, listener net.Addr) (err error) {
 	f := h.flags
-	c := telemetry.Config{Provider: providerLlama, Model: filepath.Base(f.model), Mode: f.mode, State: h.measured}
+	c := telemetry.Config{Provider: providerLlama, Model: h.model(), Mode: f.mode, State: h.measured}
+	if isOllama(h.program) {
+		c.Provider = providerOllama
+	}
 	if h.shield != nil {
 		c.Engine = h.shield
 	}
 	h.telemetry, err = f.telemetryFlags.start(ctx, c, listener, &f.options, h.log)
 	return err
+}
+
+// model by the name that clients are shown; empty where requests name one.
+func (h *host) model() string {
+	if h.flags.model == "" {
+		return ""
+	}
+	return filepath.Base(h.flags.model)
 }
 
 func (h *host) measured() telemetry.State {

@@ -25,6 +25,21 @@ static const struct ggml_tensor *cache_copied(const struct kvs_plan *p, struct k
     kvs_die("a cache is moved between devices (%s) by a graph that does not write it", name);
 }
 
+static _Noreturn void other_state(const char *name)
+{
+    kvs_die("this model keeps another state than keys and values (%s), which mode resident cannot keep: it would hold the "
+            "conversation in clear; use another model",
+            name);
+}
+
+/* What a graph writes into a tensor that nothing computes is there for the next graph, whatever it is called. */
+static void check_destination(struct kvs_ggml *g, const struct ggml_tensor *node)
+{
+    const struct ggml_tensor *base = kvs_base(g, node);
+    if (base != node && kvs_op(g, base) == KVS_OP_NOTHING && !kvs_src(g, base, 0) && !kvs_is_cache(kvs_name(g, base)))
+        other_state(kvs_name(g, base));
+}
+
 /* The cache that a tensor is a look at, or a copy of in another type or order; NULL for any other. */
 static const struct ggml_tensor *cache_behind(const struct kvs_plan *p, struct kvs_ggml *g, const struct ggml_tensor *t)
 {
@@ -34,9 +49,7 @@ static const struct ggml_tensor *cache_behind(const struct kvs_plan *p, struct k
         if (kvs_is_cache(name))
             return base;
         if (strncmp(name, "cache_", 6) == 0 && !strchr(name, ' '))
-            kvs_die("this model keeps another state than keys and values (%s), which mode resident cannot keep: it would hold the "
-                    "conversation in clear; use another model",
-                    name);
+            other_state(name);
         const struct ggml_tensor *copied = cache_copied(p, g, name);
         if (copied)
             return copied;
@@ -357,6 +370,8 @@ static void look_at(struct scan *c, int at)
     struct ggml_tensor *node = g->graph_node(c->graph, at);
     if (kvs_op(g, node) == KVS_OP_NOTHING)
         return;
+    if (kvs_op(g, node) == KVS_OP_SET_ROWS || kvs_op(g, node) == KVS_OP_COPY)
+        check_destination(g, node);
     int source;
     const struct ggml_tensor *cache = cache_among(c->p, g, node, &source);
     if (cache) {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/kvshield/kvshield/adapters/beacon"
 	"github.com/kvshield/kvshield/adapters/supervisor"
 )
 
@@ -44,6 +45,9 @@ func Serve(ctx context.Context) (stop func(), err error) {
 	if mode != Resident && mode != Permute {
 		return nil, fmt.Errorf("there is no mode %q; set %s to %s, %s or %s", mode, modeVariable, Resident, Permute, Off)
 	}
+	if os.Getenv(socketVariable) != "" { // whoever started this, kvshield serve for one, has the enclave
+		return func() {}, nil
+	}
 	cfg, err := config(mode)
 	if err != nil {
 		return nil, err
@@ -55,6 +59,9 @@ func Serve(ctx context.Context) (stop func(), err error) {
 	report, err := s.Attest(ctx, nil)
 	if err == nil {
 		err = os.Setenv(socketVariable, s.Socket())
+	}
+	if err == nil {
+		err = beacon.Light(ctx, mode, s)
 	}
 	if err != nil {
 		s.Close()
