@@ -13,7 +13,10 @@ func (t *Telemetry) Shielding(model string) (end func(error)) {
 	if t == nil {
 		return func(error) {}
 	}
-	_, span := t.tracer.Start(context.Background(), "shield "+model, trace.WithNewRoot(), trace.WithAttributes(genai.GenAIRequestModel(model), keyMode.String(t.c.Mode)))
+	_, span := t.tracer.Start(context.Background(), name("shield", model), trace.WithNewRoot(), trace.WithAttributes(keyMode.String(t.c.Mode)))
+	if model != "" {
+		span.SetAttributes(genai.GenAIRequestModel(model))
+	}
 	return func(err error) {
 		s := t.c.State()
 		span.SetAttributes(keyTEE.String(s.TEE), keyHardware.Bool(s.Hardware))

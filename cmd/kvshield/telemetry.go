@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/proxy"
 	"github.com/kvshield/kvshield/telemetry"
 	"github.com/kvshield/kvshield/telemetry/live"
@@ -98,3 +99,26 @@ func (h *host) measured() telemetry.State {
 
 // watched is where telemetry attaches to the proxy.
 func (h *host) watched(c proxy.Config) proxy.Config { return h.telemetry.Attach(c) }
+
+// measured is the telemetry of an engine that somebody else started: its graphs are in another process, so there are totals only.
+func (u *upstream) measured(f *serveFlags) telemetry.Config {
+	c := telemetry.Config{Provider: providerLlama, Mode: u.last.Load().Mode, Engine: u, State: u.stands}
+	if f.ollamaHost != "" {
+		c.Provider = providerOllama
+	}
+	return c
+}
+
+// Totals implements telemetry.Counter. An engine that is away stays as it was.
+func (u *upstream) Totals() meter.Totals {
+	if a, err := u.program.Check(); err == nil {
+		u.last.Store(&a)
+	}
+	a := u.last.Load()
+	return meter.Totals{Transitions: a.Transitions, Bytes: a.Bytes}
+}
+
+func (u *upstream) stands() telemetry.State {
+	a, st := u.last.Load(), u.state()
+	return telemetry.State{Ready: st.Ready && st.Reason == "", Reason: st.Reason, Starts: 1, Shielded: a.Shielded, Refused: a.Refused, TEE: a.Backend, Hardware: a.Hardware, Statement: a.Statement}
+}

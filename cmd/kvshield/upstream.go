@@ -45,9 +45,14 @@ func serveUpstream(ctx context.Context, f *serveFlags, p *front, args []string) 
 	}
 	say("serving %s on %s://%s (%s)", u.name, p.scheme, listener.Addr(), protection)
 	reloadKeys(ctx, p.config.Keys)
+	t, err := f.telemetryFlags.start(ctx, u.measured(f), listener.Addr(), &f.options, p.config.Log)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
 	c := p.config
 	c.Dial, c.State, c.Status = u.dial, u.state, u.status
-	return proxy.Serve(ctx, listener, proxy.New(c), p.serve)
+	return proxy.Serve(ctx, listener, t.Handler(proxy.New(t.Attach(c))), p.serve)
 }
 
 func (f *serveFlags) findUpstream(ctx context.Context, p *front) (*upstream, error) {
