@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"runtime"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -45,7 +46,7 @@ func serveUpstream(ctx context.Context, f *serveFlags, p *front, args []string) 
 	}
 	say("serving %s on %s://%s (%s)", u.name, p.scheme, listener.Addr(), protection)
 	reloadKeys(ctx, p.config.Keys)
-	t, err := f.telemetryFlags.start(ctx, u.measured(f), listener.Addr(), &f.options, p.config.Log)
+	t, err := f.telemetryFlags.start(ctx, u.measured(f), listener.Addr(), f.last, p.config.Log)
 	if err != nil {
 		return err
 	}
@@ -137,7 +138,7 @@ func (u *upstream) state() proxy.State {
 
 func (u *upstream) status() any {
 	a, err := u.program.Check()
-	s := status{Health: health{Ready: err == nil, Starts: 1}, Keys: u.front.keys(), Since: u.since}
+	s := status{Health: health{Ready: err == nil, Starts: 1}, Keys: u.front.keys(), Since: u.since, Goroutines: runtime.NumGoroutine()}
 	if err != nil {
 		s.Health.Reason = err.Error()
 		a = *u.last.Load()
