@@ -43,6 +43,10 @@ func (c Config) sized(next http.Handler) http.Handler {
 		return next
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if c.Ollama && isFile(r) {
+			next.ServeHTTP(w, r)
+			return
+		}
 		if r.ContentLength > c.MaxBody {
 			w.Header().Set("Connection", "close") // the rest is not read
 			tooLarge.Write(w)
@@ -92,6 +96,9 @@ func isOpen(r *http.Request) bool {
 
 // isPage is true for files of llama-server's page.
 func isPage(path string) bool {
+	if strings.HasPrefix(path, ollamaPaths) || strings.HasPrefix(path, "/v1/") {
+		return false // models may have such names
+	}
 	if path == "/" || path == "/build.json" || path == "/_app/version.json" {
 		return true
 	}
@@ -198,3 +205,5 @@ func (c Config) timed(next http.Handler) http.Handler {
 func granted(ctx context.Context, slot int) {
 	observe(ctx, Event{Kind: Slot, Slot: slot, Tenant: tenantOf(ctx)})
 }
+
+func clearing(ctx context.Context, slot int) { observe(ctx, Event{Kind: Clearing, Slot: slot}) }

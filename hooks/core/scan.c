@@ -25,6 +25,21 @@ static const struct ggml_tensor *cache_copied(const struct kvs_plan *p, struct k
     kvs_die("a cache is moved between devices (%s) by a graph that does not write it", name);
 }
 
+static _Noreturn void other_state(const char *name)
+{
+    kvs_die("this model keeps another state than keys and values (%s), which mode resident cannot keep: it would hold the "
+            "conversation in clear; use another model",
+            name);
+}
+
+/* What a graph writes into a tensor that nothing computes is there for the next graph, whatever it is called. */
+static void check_destination(struct kvs_ggml *g, const struct ggml_tensor *node)
+{
+    const struct ggml_tensor *base = kvs_base(g, node);
+    if (base != node && kvs_op(g, base) == KVS_OP_NOTHING && !kvs_src(g, base, 0) && !kvs_is_cache(kvs_name(g, base)))
+        other_state(kvs_name(g, base));
+}
+
 /* The cache that a tensor is a look at, or a copy of in another type or order; NULL for any other. */
 static const struct ggml_tensor *cache_behind(const struct kvs_plan *p, struct kvs_ggml *g, const struct ggml_tensor *t)
 {
@@ -34,9 +49,7 @@ static const struct ggml_tensor *cache_behind(const struct kvs_plan *p, struct k
         if (kvs_is_cache(name))
             return base;
         if (strncmp(name, "cache_", 6) == 0 && !strchr(name, ' '))
-            kvs_die("this model keeps another state than keys and values (%s), which mode resident cannot keep: it would hold the "
-                    "conversation in clear; use another model",
-                    name);
+            other_state(name);
         const struct ggml_tensor *copied = cache_copied(p, g, name);
         if (copied)
             return copied;
@@ -251,22 +264,32 @@ static void plain(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_cgraph *gr
     not_known(g, product, "is compared with queries, and nothing is made of it");
 }
 
+/* What a context shift looks at: in libllama all cells, of each head all rows or some; in Ollama's engine some cells, whole. */
+static bool rotated(struct kvs_ggml *g, struct kvs_step *s, const struct ggml_tensor *view)
+{
+    const int64_t *have = kvs_ne(g, view), *all = kvs_ne(g, s->k);
+    const char *begin = g->get_data(s->k), *at = g->get_data(view);
+    if (g->cache_heads) {
+        s->first = first_cell(g, s, view, have[3]);
+        s->visible = (uint32_t)have[2];
+        return have[0] == all[0] && have[1] == all[1] && s->first + have[2] <= all[2];
+    }
+    s->visible = (uint32_t)(all[1] * all[2]);
+    bool whole = have[0] * have[1] == all[0];
+    bool rows = !s->hadamard && kvs_nb(g, view)[1] * (size_t)have[1] == kvs_nb(g, s->k)[1] && at >= begin &&
+                at < begin + kvs_nb(g, view)[1];
+    return (whole || rows) && have[2] == all[1] * all[2];
+}
+
 /* A context shift: ROPE over the cached keys, for quantised keys between two products with a Hadamard matrix. */
 static void rotation(struct kvs_plan *p, struct kvs_ggml *g, struct ggml_tensor *node, const struct ggml_tensor *k,
                      const struct ggml_tensor *hadamard, int at)
 {
-    const struct ggml_tensor *view = kvs_src(g, node, 0);
-    const int64_t *have = kvs_ne(g, view), *all = kvs_ne(g, k);
-    const char *begin = g->get_data(k), *at_view = g->get_data(view);
-    bool whole = have[0] * have[1] == all[0];
-    /* or some rows of each head, in place */
-    bool rows = !hadamard && kvs_nb(g, view)[1] * (size_t)have[1] == kvs_nb(g, k)[1] && at_view >= begin &&
-                at_view < begin + kvs_nb(g, view)[1];
-    if (is_values(g, k) || !(whole || rows) || have[2] != all[1] * all[2])
-        not_known(g, node, "rotates a part of the cached keys");
     struct kvs_step *s = kvs_plan_add_step(p, KVS_STEP_ROTATE, node, at);
     s->k = k;
     s->hadamard = hadamard;
+    if (is_values(g, k) || !rotated(g, s, kvs_src(g, node, 0)))
+        not_known(g, node, "rotates a part of the cached keys");
 }
 
 struct scan {
@@ -357,6 +380,8 @@ static void look_at(struct scan *c, int at)
     struct ggml_tensor *node = g->graph_node(c->graph, at);
     if (kvs_op(g, node) == KVS_OP_NOTHING)
         return;
+    if (kvs_op(g, node) == KVS_OP_SET_ROWS || kvs_op(g, node) == KVS_OP_COPY)
+        check_destination(g, node);
     int source;
     const struct ggml_tensor *cache = cache_among(c->p, g, node, &source);
     if (cache) {
@@ -427,6 +452,8 @@ bool kvs_resident_scan(struct kvs_ggml *g, struct ggml_cgraph *graph, struct kvs
     }
     for (int i = 0, n = g->graph_n_nodes(graph); i < n; i++)
         look_at(&c, i);
+    if (c.shifts && p->write_count == 0)
+        p->blank_count = 0; /* its copies are of zeros, and what goes back into the cache must be */
     check_writes(p, g);
     find_slots(p, g);
     return p->count > 0;
