@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"os"
@@ -298,7 +299,7 @@ func (m *modelTable) summary(t *testing.T, section string) {
 					rest = append(rest, fmt.Sprintf("`%s` %s", name, what))
 				}
 			}
-			fmt.Fprintf(&b, "\nMode `%s`: %d exact: %s. The rest: %s.\n", mode, len(exact), strings.Join(exact, ", "), strings.Join(rest, ", "))
+			fmt.Fprintf(&b, "\nMode `%s`: %d exact: %s. The rest: %s.\n", mode, len(exact), strings.Join(exact, ", "), cmp.Or(strings.Join(rest, ", "), "none"))
 		}
 		return b.String()
 	})
