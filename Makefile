@@ -22,7 +22,7 @@ need = @for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || { \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build engine ollama node-host openai-client bench-model test load tools demo bench fuzz lint generate clean distclean
+.PHONY: help build engine ollama node-host openai-client ollama-client bench-model test load tools demo bench fuzz lint generate clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +43,10 @@ node-host: ## node-llama-cpp under .engine/node/
 	@scripts/node-host.sh
 
 openai-client: ## the OpenAI JavaScript client under .engine/openai/
-	@scripts/openai-client.sh
+	@scripts/npm-client.sh openai openai 7.57.0 examples/node/chat.mjs
+
+ollama-client: ## Ollama's JavaScript client under .engine/ollama-js/
+	@scripts/npm-client.sh ollama-js ollama 0.6.4 examples/node/ollama.mjs
 
 bench-model: .engine/bench.gguf ## a synthetic model of about 1.1B parameters, for timing only
 
@@ -52,7 +55,7 @@ bench-model: .engine/bench.gguf ## a synthetic model of about 1.1B parameters, f
 	$(GO) run ./internal/benchmodel -o $@.part
 	@mv $@.part $@
 
-test: tools build engine node-host openai-client ## all tests, with the real engines
+test: tools build engine node-host openai-client ollama ollama-client ## all tests, with the real engines
 	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout $(TESTTIME) $(PACKAGES)
 
 # What the tests need, said before anything is built.

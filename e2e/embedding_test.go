@@ -33,8 +33,8 @@ func (s *server) tryEmbed() (all []float64, err error) {
 	return all, nil
 }
 
-// embedded runs a model under a mode and compares its embeddings with the stock engine's.
-func embedded(t *testing.T, model, mode string, want []float64) outcome {
+// embedsAlike runs a model under a mode and compares its embeddings with the stock engine's.
+func embedsAlike(t *testing.T, model, mode string, want []float64) outcome {
 	t.Helper()
 	s := launch(t, serveOptions{model: model, mode: mode, args: embedding})
 	defer s.stop()

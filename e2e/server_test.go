@@ -116,16 +116,21 @@ func launch(t *testing.T, o serveOptions) *server {
 		args = append(args, "--mode", o.mode)
 	}
 	args = append(append(args, "--", "-t", "1"), o.args...)
-	s := &server{url: "http://" + address, client: &http.Client{}, log: &buffer{}, cmd: exec.Command(kvshield, args...), ended: make(chan error, 1)}
-	s.cmd.Env = append(os.Environ(), o.env...)
+	return begin(t, address, append(os.Environ(), o.env...), kvshield, args...)
+}
+
+// begin starts a program that is to serve on an address.
+func begin(t *testing.T, address string, env []string, program string, args ...string) *server {
+	t.Helper()
+	s := &server{url: "http://" + address, client: &http.Client{}, log: &buffer{}, cmd: exec.Command(program, args...), ended: make(chan error, 1)}
+	s.cmd.Env = env
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	go func() { s.ended <- s.cmd.Wait() }()
 	s.stop = sync.OnceFunc(func() {
-		_ = s.cmd.Process.Signal(syscall.SIGTERM)
-		s.wait(t)
+		s.end(t)
 		s.client.CloseIdleConnections()
 	})
 	t.Cleanup(s.stop)
@@ -148,9 +153,11 @@ func (s *server) waitReady(t *testing.T) {
 }
 
 // tryReady waits until the server serves, or says why it does not.
-func (s *server) tryReady() error {
+func (s *server) tryReady() error { return s.tryReadyAt("/health") }
+
+func (s *server) tryReadyAt(path string) error {
 	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
-		resp, err := s.client.Get(s.url + "/health")
+		resp, err := s.client.Get(s.url + path)
 		if err == nil {
 			resp.Body.Close()
 			if resp.StatusCode == http.StatusOK {
@@ -167,6 +174,13 @@ func (s *server) tryReady() error {
 			return fmt.Errorf("not ready: %w", err)
 		}
 	}
+}
+
+// end asks the command to end, and waits.
+func (s *server) end(t *testing.T) {
+	t.Helper()
+	_ = s.cmd.Process.Signal(syscall.SIGTERM)
+	_ = s.wait(t)
 }
 
 // wait returns how the command ended.

@@ -1,16 +1,14 @@
 // Package beacon tells whether a program that listens on a port of this machine runs under `kvshield run`.
 //
-// The run's supervisor answers on a socket in its runtime directory ([Serve]). [Find] goes the other way: from the port to the
+// The run's supervisor answers on a socket in its runtime directory ([Light]). [Find] goes the other way: from the port to the
 // process that listens on it, to the session socket in that process's environment, to the socket beside it, whose peer must be an ancestor
-// of the process. What the supervisor vouches for is that nothing below it computes with a model that came past the hook: its watch
+// of the process. A program that has its supervisor inside, as kvshield-ollama does, listens on that socket itself. What the supervisor vouches for is that nothing below it computes with a model that came past the hook: its watch
 // ends whatever does. It cannot vouch for a program that only passes requests on to somewhere else.
 //
 // It keeps mistakes out, not a hostile process of the same user, who could imitate all of this.
 package beacon
 
 import (
-	"bufio"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -46,67 +44,33 @@ type Answer struct {
 	Ended       int    `json:"engines_ended"`
 }
 
-// Serve answers on a socket in the runtime directory until ctx ends.
-func Serve(ctx context.Context, dir string, answer func() Answer) error {
-	l, err := net.Listen("unix", filepath.Join(dir, socketName))
-	if err != nil {
-		return fmt.Errorf("cannot open the status socket: %w", err)
-	}
-	context.AfterFunc(ctx, func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				c.SetDeadline(time.Now().Add(within))
-				json.NewEncoder(c).Encode(answer())
-			}()
-		}
-	}()
-	return nil
-}
-
 // Program is a program under a run.
 type Program struct {
-	PID    int // of the process that listens
-	port   int
-	inode  string
+	Listener
 	socket string
 }
 
-// ErrNobody is a port on which nobody listens.
-var ErrNobody = errors.New("nobody listens there on this machine")
-
 // Find finds who listens on a port, and asks its supervisor.
 func Find(port int) (*Program, Answer, error) {
-	inode, err := listening(port)
+	l, err := Listening(port)
 	if err != nil {
 		return nil, Answer{}, err
 	}
-	pid, err := holder(inode)
-	if err != nil {
-		return nil, Answer{}, err
+	p := &Program{Listener: l, socket: ownSocket(l.PID)} // a program that has the supervisor inside, as kvshield-ollama does
+	if session := variable(l.PID, "KVSHIELD_SOCKET"); p.socket == "" && session != "" {
+		p.socket = filepath.Join(filepath.Dir(session), socketName)
 	}
-	session := variable(pid, "KVSHIELD_SOCKET")
-	if session == "" {
-		return nil, Answer{}, fmt.Errorf("the process %d that listens on port %d was not started under kvshield run", pid, port)
+	if p.socket == "" {
+		return nil, Answer{}, fmt.Errorf("the process %d that listens on port %d was not started under kvshield run", l.PID, port)
 	}
-	p := &Program{pid, port, inode, filepath.Join(filepath.Dir(session), socketName)}
 	a, err := p.ask()
 	return p, a, err
 }
 
 // Check says whether the program is still the one that listens, and asks its supervisor again.
 func (p *Program) Check() (Answer, error) {
-	inode, err := listening(p.port)
-	if err != nil {
+	if err := p.Listener.Check(); err != nil {
 		return Answer{}, err
-	}
-	if inode != p.inode {
-		return Answer{}, fmt.Errorf("another program listens on port %d now", p.port)
 	}
 	return p.ask()
 }
@@ -188,41 +152,4 @@ func variable(pid int, name string) string {
 		}
 	}
 	return ""
-}
-
-// listening is the socket that listens on a port. Two of them could be two programs, and are refused.
-func listening(port int) (string, error) {
-	found := map[string]bool{}
-	for _, table := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		f, err := os.Open(table)
-		if err != nil {
-			continue
-		}
-		for lines := bufio.NewScanner(f); lines.Scan(); {
-			field := strings.Fields(lines.Text())
-			if len(field) > 9 && field[3] == "0A" && strings.HasSuffix(field[1], fmt.Sprintf(":%04X", port)) {
-				found[field[9]] = true
-			}
-		}
-		f.Close()
-	}
-	for inode := range found {
-		if len(found) == 1 {
-			return inode, nil
-		}
-	}
-	if len(found) == 0 {
-		return "", ErrNobody
-	}
-	return "", fmt.Errorf("several sockets listen on port %d; which of them is the engine's cannot be told", port)
-}
-
-func holder(inode string) (int, error) {
-	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	for _, link := range links {
-		if to, err := os.Readlink(link); err == nil && to == "socket:["+inode+"]" {
-			return strconv.Atoi(strings.Split(link, "/")[2])
-		}
-	}
-	return 0, errors.New("the process that listens there cannot be looked into; run kvshield serve as its user")
 }

@@ -11,19 +11,12 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"strings"
-	"sync"
-	"syscall"
 	"time"
 
-	"github.com/kvshield/kvshield/internal/forker"
+	"github.com/kvshield/kvshield/internal/child"
 )
 
-const (
-	healthEvery = 50 * time.Millisecond
-	stopWithin  = 5 * time.Second
-	tailBytes   = 8 << 10
-)
+const healthEvery = 50 * time.Millisecond
 
 // ServerConfig says how to start a llama-server.
 type ServerConfig struct {
@@ -39,62 +32,24 @@ type ServerConfig struct {
 
 // Server is a running llama-server.
 type Server struct {
-	cmd         *exec.Cmd
+	*child.Process
 	socket      string
 	healthEvery time.Duration
-	tail        *tail
-	done        chan struct{}
-	err         error // set before done is closed
-}
-
-// StartServer starts a llama-server. It dies with this process.
-func StartServer(c ServerConfig) (*Server, error) {
-	args := append([]string{"-m", c.Model, "--host", c.Socket}, c.Args...)
-	s := &Server{cmd: exec.Command(c.Program, args...), socket: c.Socket, healthEvery: cmp.Or(c.HealthEvery, healthEvery), tail: &tail{}, done: make(chan struct{})}
-	var out io.Writer = s.tail
-	if c.Output != nil {
-		out = io.MultiWriter(s.tail, c.Output)
-	}
-	s.cmd.Env, s.cmd.Stdout, s.cmd.Stderr = c.Env, out, out
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
-	// A grandchild that keeps our pipe open must not keep Wait from returning.
-	s.cmd.WaitDelay = time.Second
-	var err error
-	forker.Do(func() { err = s.cmd.Start() })
-	if err != nil {
-		return nil, fmt.Errorf("cannot start %s: %w", c.Program, err)
-	}
-	go func() {
-		s.err = s.cmd.Wait()
-		os.Remove(c.Socket)
-		close(s.done)
-	}()
-	return s, nil
-}
-
-// PID of the server.
-func (s *Server) PID() int { return s.cmd.Process.Pid }
-
-// Done is closed when the server has ended.
-func (s *Server) Done() <-chan struct{} { return s.done }
-
-// Err says how the server ended, once it has.
-func (s *Server) Err() error {
-	state := s.cmd.ProcessState
-	var exit *exec.ExitError
-	if s.err != nil && !errors.As(s.err, &exit) {
-		return s.err
-	}
-	return &ExitError{State: state.String(), Tail: s.tail.lines(12)}
 }
 
 // ExitError is a server that ended by itself.
-type ExitError struct {
-	State string // such as "exit status 1"
-	Tail  string // its last lines
-}
+type ExitError = child.ExitError
 
-func (e *ExitError) Error() string { return "llama-server ended (" + e.State + ")" }
+// StartServer starts a llama-server. It dies with this process.
+func StartServer(c ServerConfig) (*Server, error) {
+	cmd := exec.Command(c.Program, append([]string{"-m", c.Model, "--host", c.Socket}, c.Args...)...)
+	cmd.Env = c.Env
+	p, err := child.Start(cmd, c.Output, func() { os.Remove(c.Socket) })
+	if err != nil {
+		return nil, err
+	}
+	return &Server{p, c.Socket, cmp.Or(c.HealthEvery, healthEvery)}, nil
+}
 
 // Dial connects to the server.
 func (s *Server) Dial(ctx context.Context) (net.Conn, error) {
@@ -112,7 +67,7 @@ func (s *Server) WaitHealthy(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-s.done:
+		case <-s.Done():
 			return s.Err()
 		case <-tick.C:
 		}
@@ -144,43 +99,4 @@ func (s *Server) Slots(ctx context.Context) (int, error) {
 		return 0, errors.New("llama-server does not say how many slots it has; use a newer one")
 	}
 	return props.Slots, nil
-}
-
-// Stop asks the server to end, and ends it when it does not. It returns when the server is gone.
-func (s *Server) Stop() {
-	_ = s.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-s.done:
-	case <-time.After(stopWithin):
-		s.Kill()
-	}
-}
-
-// Kill ends the server at once and returns when it is gone.
-func (s *Server) Kill() {
-	_ = s.cmd.Process.Kill()
-	<-s.done
-}
-
-// tail keeps the last bytes written to it.
-type tail struct {
-	mu  sync.Mutex
-	buf []byte
-}
-
-func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.buf = append(t.buf, p...)
-	if extra := len(t.buf) - tailBytes; extra > 0 {
-		t.buf = append(t.buf[:0], t.buf[extra:]...)
-	}
-	return len(p), nil
-}
-
-func (t *tail) lines(n int) string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	all := strings.Split(strings.TrimRight(string(t.buf), "\n"), "\n")
-	return strings.Join(all[max(0, len(all)-n):], "\n")
 }

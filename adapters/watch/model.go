@@ -47,13 +47,14 @@ func stampOf(st *unix.Stat_t) fileStamp {
 type catalogue struct {
 	work sync.WaitGroup
 	// models and ggml belong to the goroutine that polls. A nil model is another kind of file.
-	models map[fileStamp]*model
-	ggml   answers
-	ollama answers
+	models   map[fileStamp]*model
+	ggml     answers
+	ollama   answers
+	embedded answers
 }
 
 func newCatalogue() *catalogue {
-	return &catalogue{models: map[fileStamp]*model{}, ggml: answers{}, ollama: answers{}}
+	return &catalogue{models: map[fileStamp]*model{}, ggml: answers{}, ollama: answers{}, embedded: answers{}}
 }
 
 func (c *catalogue) wait() { c.work.Wait() }
@@ -171,4 +172,9 @@ func (c *catalogue) carriesGGML(path string) int32 {
 }
 
 // isOllama says whether a program is Ollama.
-func (c *catalogue) isOllama(path string) int32 { return c.ask(c.ollama, path, builtFromOllama) }
+func (c *catalogue) isOllama(path string) int32 { return c.ask(c.ollama, path, builtFrom(ollamaPath)) }
+
+// isEmbedded says whether a program is kvshield-ollama.
+func (c *catalogue) isEmbedded(path string) int32 {
+	return c.ask(c.embedded, path, builtFrom(embeddedPath))
+}

@@ -8,14 +8,17 @@ import (
 
 const (
 	ollamaPath   = "github.com/ollama/ollama" // of its main package
-	runnerWord   = "runner"                   // `ollama runner …` is one of its own engines
+	embeddedPath = "github.com/kvshield/kvshield/adapters/ollama/embedded/cmd/kvshield-ollama"
+	runnerWord   = "runner" // `ollama runner …` is one of its own engines
 	modelOption  = "--model"
 	unknownModel = "(not named)"
 )
 
-func builtFromOllama(f *os.File) bool {
-	info, err := buildinfo.Read(f)
-	return err == nil && info.Path == ollamaPath
+func builtFrom(path string) func(*os.File) bool {
+	return func(f *os.File) bool {
+		info, err := buildinfo.Read(f)
+		return err == nil && info.Path == path
+	}
 }
 
 // isOllama says whether the process is Ollama, as far as that has been found out.
@@ -36,6 +39,11 @@ func (p *process) isRunner() bool { return len(p.arguments) > 1 && p.arguments[1
 func (p *process) storesModels(files *catalogue) bool {
 	if p.isRunner() {
 		return false
+	}
+	// The ggml in kvshield-ollama has the hook linked to it, and its runners do not start without an enclave.
+	if own := files.isEmbedded(p.path("exe")); own != no {
+		p.undecided = p.undecided || own == unexamined
+		return true
 	}
 	if !p.isOllama(files) {
 		return p.undecided

@@ -20,6 +20,8 @@ import (
 	"github.com/kvshield/kvshield/adapters/watch"
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/proxy"
+	"github.com/kvshield/kvshield/telemetry"
+	"github.com/kvshield/kvshield/telemetry/live"
 )
 
 const (
@@ -33,20 +35,28 @@ const (
 type serveFlags struct {
 	options
 	proxyFlags
-	model, listen, engine, upstream string
-	verbose                         bool
+	telemetryFlags
+	model, listen, engine, upstream, ollamaHost string
+	verbose                                     bool
 }
 
 func newServe() *cobra.Command {
 	var f serveFlags
 	cmd := &cobra.Command{
-		Use:   "serve -m MODEL.gguf [flags] [-- llama-server arguments]",
-		Short: "run a shielded llama-server behind an OpenAI-compatible address",
+		Use:   "serve {-m MODEL.gguf | --engine ollama | --ollama-host HOST:PORT | --upstream URL} [flags] [-- llama-server arguments]",
+		Short: "run a shielded llama-server or Ollama behind an address of your choice",
 		Long: `Starts a stock llama-server on a Unix socket that nobody else can open, shields its model, and passes
 requests on to it from --listen. When the engine or the enclave dies, clients get an error and both are
-started again.`,
+started again.
+
+With --engine ollama it starts ` + "`ollama serve`" + ` instead, on a port of the loopback address, and shields every model that
+Ollama loads; set it up by its own variables (OLLAMA_…). Of the generation that has its engine inside (0.17 and
+older), kvshield-ollama takes ollama's place: --engine kvshield-ollama. With --ollama-host or --upstream it starts nothing,
+and serves what runs under ` + "`kvshield run`" + ` (or as kvshield-ollama) already.`,
 		Example: `  kvshield serve -m model.gguf
-  kvshield serve -m model.gguf --listen 127.0.0.1:9000 -- -c 8192 -np 4`,
+  kvshield serve -m model.gguf --listen 127.0.0.1:9000 -- -c 8192 -np 4
+  kvshield serve --engine ollama --listen 127.0.0.1:11434
+  kvshield serve --ollama-host 127.0.0.1:11434 --tls-generate --listen 0.0.0.0:8443`,
 		Args: exactly(func(cmd *cobra.Command, args []string) error {
 			if at := cmd.ArgsLenAtDash(); len(args) > 0 && at != 0 {
 				return fmt.Errorf("unexpected argument %q; arguments for llama-server go behind --", args[0])
@@ -54,9 +64,6 @@ started again.`,
 			return nil
 		}),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if f.model == "" && f.upstream == "" {
-				return usagef("name a model with -m MODEL.gguf")
-			}
 			if err := f.checkMode(); err != nil {
 				return err
 			}
@@ -65,26 +72,39 @@ started again.`,
 	}
 	f.options.register(cmd)
 	f.proxyFlags.register(cmd)
+	f.telemetryFlags.register(cmd)
 	cmd.Flags().StringVarP(&f.model, "model", "m", "", "path of the model, a GGUF file")
 	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8080", "address to serve on")
-	cmd.Flags().StringVar(&f.engine, "engine", "llama-server", "llama-server to run: a name or a path")
+	cmd.Flags().StringVar(&f.engine, "engine", "llama-server", "what to run: llama-server, ollama or kvshield-ollama, by its name or a path")
 	cmd.Flags().StringVar(&f.upstream, "upstream", "", "serve an engine that runs under kvshield run already, such as http://127.0.0.1:11434, instead of starting one")
-	cmd.Flags().BoolVarP(&f.verbose, "verbose", "v", false, "show what llama-server prints")
+	cmd.Flags().StringVar(&f.ollamaHost, "ollama-host", "", "serve an Ollama that runs shielded already, such as 127.0.0.1:11434 or whatever OLLAMA_HOST may hold, instead of starting one")
+	cmd.Flags().BoolVarP(&f.verbose, "verbose", "v", false, "show what the engine prints")
 	_ = cmd.MarkFlagFilename("model", "gguf")
 	return cmd
 }
 
 func serve(ctx context.Context, f *serveFlags, args []string) error {
-	log, err := f.logger()
+	f.last = &live.Errors{}
+	f.Failed = func(at time.Time, message string) { f.last.Add(at, "log", message) }
+	log, err := f.Logger()
 	if err != nil {
 		return err
 	}
+	if err := f.telemetryFlags.check(); err != nil {
+		return err
+	}
+	f.nameSlots = f.nameSlots && f.telemetry
 	p, err := f.front(log)
 	if err != nil {
 		return err
 	}
-	if f.upstream != "" {
+	switch {
+	case f.upstream != "" || f.ollamaHost != "":
 		return serveUpstream(ctx, f, p, args)
+	case isOllama(f.engine):
+		return serveOllama(ctx, f, p, args)
+	case f.model == "":
+		return usagef("name a model with -m MODEL.gguf, or an engine that has its own with --engine ollama")
 	}
 	if p.tenants != nil {
 		if args, err = keptApart(args); err != nil {
@@ -95,30 +115,48 @@ func serve(ctx context.Context, f *serveFlags, args []string) error {
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", f.listen)
+	return serveEngine(ctx, f, p, func() (*host, error) { return newServerHost(ctx, f, program, args) })
+}
+
+// serveEngine starts an engine behind --listen, which is opened first.
+func serveEngine(ctx context.Context, f *serveFlags, p *front, make func() (*host, error)) error {
+	listener, err := f.open(p)
 	if err != nil {
-		return fmt.Errorf("cannot listen on %s: %w; choose another address with --listen", f.listen, err)
-	}
-	defer listener.Close()
-	if err := f.secure(p, listener.Addr()); err != nil {
 		return err
 	}
-	h, err := newHost(ctx, f, program, args)
+	defer listener.Close()
+	h, err := make()
 	if err != nil {
 		return err
 	}
 	h.front = p
 	defer h.close()
+	if err := h.measure(ctx, listener.Addr()); err != nil {
+		return err
+	}
 	if err := h.startFirst(ctx); err != nil {
 		return err
 	}
-	say("serving %s on %s://%s (%s)", f.model, p.scheme, listener.Addr(), h.protection)
+	say("serving %s on %s://%s (%s)", h.name, p.scheme, listener.Addr(), h.protection)
 	return h.serve(ctx, listener)
+}
+
+func (f *serveFlags) open(p *front) (net.Listener, error) {
+	listener, err := net.Listen("tcp", f.listen)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen on %s: %w; choose another address with --listen", f.listen, err)
+	}
+	if err := f.secure(p, listener.Addr()); err != nil {
+		listener.Close()
+		return nil, err
+	}
+	return listener, nil
 }
 
 // host is one engine with what shields it, started again as often as it takes.
 type host struct {
 	flags      *serveFlags
+	name       string // of what is served, for people
 	program    string
 	args       []string
 	log        *slog.Logger
@@ -127,27 +165,35 @@ type host struct {
 	env        []string
 	passes     bool // its model keeps nothing, and is opened as it is
 	protection string
+	report     enclave.Report // nothing in mode off
+	telemetry  *telemetry.Telemetry
 	front      *front
 	since      time.Time
 	starts     atomic.Int64
-	server     atomic.Pointer[llamacpp.Server]
+	launch     func(context.Context) (engine, error) // starts the engine, and returns when it answers
+	describe   func(*status)                         // adds what only this engine has to tell; nil: nothing
+	sweep      func()                                // ends what the engine left behind; nil: nothing
+	server     atomic.Pointer[running]
 	reason     atomic.Pointer[string]   // why requests cannot be answered; nil when they can
 	endWatch   func() []watch.Violation // nil while nothing is watched
 }
 
-func newHost(ctx context.Context, f *serveFlags, program string, args []string) (*host, error) {
-	cfg, err := f.config()
+func newHost(ctx context.Context, f *serveFlags, program string) (*host, error) {
+	cfg, err := f.Config()
 	if err != nil {
 		return nil, err
 	}
-	h := &host{flags: f, program: program, args: args, log: cfg.Log, env: os.Environ(), since: time.Now().UTC().Truncate(time.Second)}
+	h := &host{flags: f, program: program, log: cfg.Log, env: os.Environ(), since: time.Now().UTC().Truncate(time.Second)}
 	h.notReady("the engine is starting")
-	if f.mode == modeOff {
+	if f.Mode == modeOff {
 		h.protection = "mode off: the KV cache is in clear"
-		h.dir, err = supervisor.NewRuntimeDir(f.runtimeDir)
+		h.dir, err = supervisor.NewRuntimeDir(f.RuntimeDir)
 		return h, err
 	}
-	cfg.EnclaveLost = func() { h.notReady("the enclave died and is started again") }
+	cfg.EnclaveLost = func() { h.notReady(enclaveDied) }
+	if isOllama(program) { // it outlives the engines that end with the enclave
+		cfg.EnclaveBack = h.enclaveBack
+	}
 	// The supervisor outlives the signal that ends us, so that answers in progress can be finished.
 	if h.shield, err = supervisor.New(context.WithoutCancel(ctx), cfg); err != nil {
 		return nil, err
@@ -159,23 +205,15 @@ func newHost(ctx context.Context, f *serveFlags, program string, args []string) 
 	return h, nil
 }
 
-// prepare finds out before the engine is started whether its model can be shielded at all.
 func (h *host) prepare(ctx context.Context) error {
 	h.dir = h.shield.RuntimeDir()
 	h.env = h.shield.Environment(os.Environ())
-	model, err := h.shield.Inspect(ctx, h.flags.model)
-	if err != nil {
-		return fmt.Errorf("%s: %w", h.flags.model, err)
-	}
-	if model.Action == enclave.Pass && model.Layers == 0 { // an embedding model has layers, and keeps nothing
-		return fmt.Errorf("%s is not a language model (architecture %q); give a model that generates text", h.flags.model, model.Architecture)
-	}
-	h.passes = model.Action == enclave.Pass
 	report, err := h.shield.Attest(ctx, nil)
 	if err != nil {
 		return err
 	}
-	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.mode, report.Backend)
+	h.report = report
+	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.Mode, report.Backend)
 	if !report.Hardware {
 		h.protection += ": no hardware protection"
 	}
@@ -183,52 +221,56 @@ func (h *host) prepare(ctx context.Context) error {
 	return nil
 }
 
-// seen is whether the engine's model came by the hook.
-func (h *host) seen() bool {
-	e := h.shield.Events()
-	return e.Shielded > 0 || h.passes && e.Passed > 0
+const enclaveDied = "the enclave died and is started again"
+
+func (h *host) enclaveBack() {
+	if r := h.reason.Load(); r != nil && *r == enclaveDied {
+		h.reason.CompareAndSwap(r, nil)
+	}
 }
 
 func (h *host) notReady(reason string) { h.reason.Store(&reason) }
 
-// start starts the engine and waits until it has loaded its model, shielded.
 func (h *host) start(ctx context.Context) error {
-	c := llamacpp.ServerConfig{Program: h.program, Model: h.flags.model, Socket: h.dir.Path("engine.sock"), Args: h.args, Env: h.env}
-	if h.flags.verbose {
-		c.Output = os.Stderr
+	if h.flags.model == "" { // it loads models later
+		return h.startEngine(ctx)
 	}
-	if h.front.tenants != nil {
-		h.front.tenants.Resize(0) // nothing that was meant for the engine before reaches this one
+	end := h.telemetry.Shielding(h.model())
+	err := h.startEngine(ctx)
+	end(err)
+	return err
+}
+
+func (h *host) startEngine(ctx context.Context) error {
+	pool := h.front.pool()
+	if pool != nil {
+		pool.Resize(0) // nothing that was meant for the engine before reaches this one
 	}
-	s, err := llamacpp.StartServer(c)
+	s, err := h.launch(ctx)
 	if err != nil {
 		return err
 	}
-	if err := s.WaitHealthy(ctx); err != nil {
-		s.Kill()
-		return err
-	}
-	if h.shield != nil && !h.seen() {
-		s.Kill()
-		return fmt.Errorf("%s loaded its model past kvshield's hook; use a build of llama.cpp with shared libraries (BUILD_SHARED_LIBS=ON)", h.program)
-	}
-	if h.front.tenants != nil {
-		slots, err := s.Slots(ctx)
-		if err != nil {
+	if pool != nil { // only a llama-server has slots with names
+		slots, err := s.(*llamacpp.Server).Slots(ctx)
+		if err != nil && h.front.tenants != nil {
 			s.Kill()
 			return err
 		}
-		h.front.tenants.KeepsNothing = h.passes
-		defer h.front.tenants.Resize(slots)
+		if err != nil {
+			h.log.Warn("what the enclave costs is not known by request", "error", err)
+			slots = -1
+		}
+		pool.KeepsNothing = h.passes
+		defer pool.Resize(slots)
 	}
 	h.starts.Add(1)
-	h.server.Store(s)
+	h.server.Store(&running{s})
 	h.reason.Store(nil)
 	return nil
 }
 
 func (h *host) startFirst(ctx context.Context) error {
-	done := progress("loading %s", h.flags.model)
+	done := progress("loading %s", h.name)
 	err := h.start(ctx)
 	done()
 	return h.explain(err)
@@ -240,7 +282,7 @@ func (h *host) explain(err error) error {
 	if !errors.As(err, &exit) {
 		return err
 	}
-	if h.shield != nil {
+	if h.shield != nil && h.flags.model != "" { // else the word is about one of many models
 		e := h.shield.Events()
 		for _, reasons := range [][]string{e.Refusals, e.Fatal} {
 			if len(reasons) > 0 {
@@ -249,7 +291,7 @@ func (h *host) explain(err error) error {
 		}
 	}
 	if h.flags.verbose || exit.Tail == "" {
-		return fmt.Errorf("%w; run it by hand to see why: %s -m %s", err, h.program, h.flags.model)
+		return fmt.Errorf("%w; run it by hand to see why: %s", err, h.byHand())
 	}
 	return fmt.Errorf("%w; its last words:\n  %s", err, strings.ReplaceAll(exit.Tail, "\n", "\n  "))
 }
@@ -263,7 +305,7 @@ func (h *host) serve(ctx context.Context, l net.Listener) error {
 			cancel(err)
 		}
 	}()
-	reloadKeys(ctx, h.front.config.Keys, func() error { return nil })
+	reloadKeys(ctx, h.front.config.Keys)
 	err := proxy.Serve(ctx, l, h.handler(), h.front.serve)
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 		return cause
@@ -275,11 +317,8 @@ func (h *host) serve(ctx context.Context, l net.Listener) error {
 func (h *host) handler() http.Handler {
 	c := h.front.config
 	c.Dial, c.State, c.Status = h.dial, h.state, h.status
-	return proxy.New(h.watched(c))
+	return h.telemetry.Handler(proxy.New(h.watched(c)))
 }
-
-// watched is where telemetry attaches: an Observer for the proxy's events, pages of its own below /kvshield/ in Own.
-func (h *host) watched(c proxy.Config) proxy.Config { return c }
 
 func (h *host) dial(ctx context.Context) (net.Conn, error) { return h.server.Load().Dial(ctx) }
 
@@ -342,8 +381,12 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 func (h *host) close() {
+	h.telemetry.Close()
 	if s := h.server.Load(); s != nil {
 		s.Stop()
+	}
+	if h.sweep != nil {
+		h.sweep()
 	}
 	if h.endWatch != nil {
 		h.endWatch()

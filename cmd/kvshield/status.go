@@ -15,7 +15,8 @@ type status struct {
 	Health      health         `json:"health"`
 	Enclave     *enclaveStatus `json:"enclave"` // null in mode off
 	Transitions *transitions   `json:"transitions"`
-	Keys        string         `json:"api_keys"` // none, apart, or shared
+	Ollama      *ollamaStatus  `json:"ollama,omitempty"`
+	Keys        string         `json:"api_keys"` // none, apart, shared, or one (of a single tenant)
 	Since       time.Time      `json:"since"`
 }
 
@@ -44,10 +45,16 @@ type transitions struct {
 const attestWithin = 2 * time.Second
 
 func (h *host) status() any {
-	s := status{Mode: h.flags.mode, Model: filepath.Base(h.flags.model), Keys: h.front.keys(), Since: h.since}
+	s := status{Mode: h.flags.Mode, Keys: h.front.keys(), Since: h.since}
+	if h.flags.model != "" {
+		s.Model = filepath.Base(h.flags.model)
+	}
 	st := h.state()
 	s.Health = health{Ready: st.Ready, Reason: st.Reason, Starts: h.starts.Load()}
 	s.Enclave, s.Transitions = shieldStatus(h.shield)
+	if h.describe != nil {
+		h.describe(&s)
+	}
 	return s
 }
 
@@ -62,7 +69,7 @@ func shieldStatus(s *supervisor.Supervisor) (*enclaveStatus, *transitions) {
 		a = &enclaveStatus{Backend: r.Backend, Hardware: r.Hardware, Statement: r.Statement, Evidence: len(r.Evidence)}
 	}
 	e := s.Events()
-	n := s.Statistics()
+	n := s.Totals()
 	return a, &transitions{Count: n.Transitions, Bytes: n.Bytes, Shielded: e.Shielded, Refused: len(e.Refusals), Fatal: len(e.Fatal)}
 }
 
@@ -70,6 +77,8 @@ func (f *front) keys() string {
 	switch {
 	case f.config.Keys == nil:
 		return "none"
+	case f.alone:
+		return "one"
 	case f.tenants == nil:
 		return "shared"
 	}

@@ -11,91 +11,96 @@ import (
 	"time"
 
 	"github.com/kvshield/kvshield/adapters/beacon"
-	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/proxy"
 )
 
-// lightBeacon answers for a run to whoever wants to put a proxy before one of its programs.
-func lightBeacon(ctx context.Context, o *options, s *supervisor.Supervisor) error {
-	report, err := s.Attest(ctx, nil)
-	if err != nil {
-		return err
-	}
-	return beacon.Serve(ctx, s.RuntimeDir().Root(), func() beacon.Answer {
-		n, e := s.Statistics(), s.Events()
-		return beacon.Answer{Mode: o.mode, Backend: report.Backend, Hardware: report.Hardware, Statement: report.Statement, Enclave: s.EnclavePID() != 0,
-			Transitions: n.Transitions, Bytes: n.Bytes, Shielded: e.Shielded, Refused: len(e.Refusals), Ended: len(e.Fatal)}
-	})
-}
-
 // upstream is a shielded program that somebody else started.
 type upstream struct {
-	address string
-	program *beacon.Program
-	front   *front
-	since   time.Time
-	last    atomic.Pointer[beacon.Answer]
-	reason  atomic.Pointer[string]
+	name, address string
+	program       *beacon.Program
+	front         *front
+	describe      func(*status) // adds what only this engine has to tell; nil: nothing
+	since         time.Time
+	last          atomic.Pointer[beacon.Answer]
+	reason        atomic.Pointer[string]
 }
 
 func serveUpstream(ctx context.Context, f *serveFlags, p *front, args []string) error {
 	if f.model != "" || len(args) > 0 {
-		return usagef("--upstream names an engine that runs already; leave out -m and llama-server's arguments, or it")
+		return usagef("--upstream and --ollama-host name an engine that runs already; leave out -m and llama-server's arguments, or it")
 	}
-	u, err := newUpstream(f, p)
+	u, err := f.findUpstream(ctx, p)
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", f.listen)
+	listener, err := f.open(p)
 	if err != nil {
-		return fmt.Errorf("cannot listen on %s: %w; choose another address with --listen", f.listen, err)
+		return err
 	}
 	defer listener.Close()
-	if err := f.secure(p, listener.Addr()); err != nil {
-		return err
-	}
 	a := u.last.Load()
 	protection := fmt.Sprintf("mode %s, TEE %s", a.Mode, a.Backend)
 	if !a.Hardware {
 		protection += ": no hardware protection"
 	}
-	say("serving %s on %s://%s (%s)", f.upstream, p.scheme, listener.Addr(), protection)
-	reloadKeys(ctx, p.config.Keys, func() error { return u.oneTenant() })
+	say("serving %s on %s://%s (%s)", u.name, p.scheme, listener.Addr(), protection)
+	reloadKeys(ctx, p.config.Keys)
 	c := p.config
 	c.Dial, c.State, c.Status = u.dial, u.state, u.status
 	return proxy.Serve(ctx, listener, proxy.New(c), p.serve)
 }
 
-func newUpstream(f *serveFlags, p *front) (*upstream, error) {
+func (f *serveFlags) findUpstream(ctx context.Context, p *front) (*upstream, error) {
+	switch {
+	case f.upstream != "" && f.ollamaHost != "":
+		return nil, usagef("--upstream and --ollama-host each name an engine; give one of them")
+	case f.ollamaHost != "":
+		return findOllama(ctx, f, p)
+	}
 	to, err := url.Parse(f.upstream)
 	if err != nil || to.Scheme != "http" || to.Host == "" || to.Path != "" && to.Path != "/" || to.RawQuery != "" {
 		return nil, usagef("--upstream %s: it takes an address such as http://127.0.0.1:11434", f.upstream)
 	}
-	port, err := strconv.Atoi(to.Port())
-	ip := net.ParseIP(to.Hostname())
-	if err != nil || ip == nil || !ip.IsLoopback() {
+	if ip := net.ParseIP(to.Hostname()); ip == nil || !ip.IsLoopback() || to.Port() == "" {
 		return nil, usagef("--upstream %s: it takes a port of this machine by its loopback address, such as http://127.0.0.1:11434", f.upstream)
 	}
-	u := &upstream{address: to.Host, front: p, since: time.Now().UTC().Truncate(time.Second)}
-	if err := u.oneTenant(); err != nil {
+	return newUpstream(p, f.upstream, to.Host)
+}
+
+func newUpstream(p *front, name, address string) (*upstream, error) {
+	u := &upstream{name: name, address: address, front: p, since: time.Now().UTC().Truncate(time.Second)}
+	if err := p.oneTenant(); err != nil {
 		return nil, err
 	}
-	p.tenants, p.config.Tenants = nil, nil
+	_, text, _ := net.SplitHostPort(address)
+	port, err := strconv.Atoi(text)
+	if err != nil {
+		return nil, err
+	}
 	program, a, err := beacon.Find(port)
 	if err != nil {
-		return nil, fmt.Errorf("%s is not known to be shielded: %w; start it with kvshield run -- PROGRAM", f.upstream, err)
+		return nil, fmt.Errorf("%s is not known to be shielded: %w; start it with kvshield run -- PROGRAM", name, err)
 	}
 	u.program = program
 	u.last.Store(&a)
 	return u, nil
 }
 
-// oneTenant: an engine that somebody else started cannot be told how to keep tenants apart.
-func (u *upstream) oneTenant() error {
-	if u.front.tenants != nil && u.front.config.Keys.Tenants() > 1 {
-		return errors.New("the keys of several tenants cannot be kept apart in an engine that kvshield serve did not start; have it start llama-server with -m, give one name to all keys, or let keys share with --share-prefix")
+// oneTenant is for an engine that cannot keep tenants apart: one that somebody else started, and any Ollama. Nor can it be told which slot to use. Where keys do not share there
+// may be one tenant, now and whenever the keys are read again.
+func (p *front) oneTenant() error {
+	p.config.Slots = nil
+	if p.tenants == nil {
+		return nil
 	}
-	return nil
+	p.tenants, p.config.Tenants, p.alone = nil, nil, true
+	p.config.Keys.Check = func(tenants int) error {
+		if tenants == 1 {
+			return nil
+		}
+		return errors.New("the keys of several tenants cannot be kept apart in Ollama, nor in an engine that kvshield serve did not start; have it start llama-server with -m, give one name to all keys, or let keys share with --share-prefix")
+	}
+	return p.config.Keys.Check(p.config.Keys.Tenants())
 }
 
 func (u *upstream) dial(ctx context.Context) (net.Conn, error) {
@@ -134,6 +139,9 @@ func (u *upstream) status() any {
 	}
 	s.Mode = a.Mode
 	s.Enclave = &enclaveStatus{Backend: a.Backend, Hardware: a.Hardware, Statement: a.Statement}
+	if u.describe != nil {
+		u.describe(&s)
+	}
 	s.Transitions = &transitions{Count: a.Transitions, Bytes: a.Bytes, Shielded: a.Shielded, Refused: a.Refused, Fatal: a.Ended}
 	return s
 }

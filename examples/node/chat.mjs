@@ -4,7 +4,7 @@ import OpenAI from 'openai'
 const [text, n] = process.argv.slice(2)
 const client = new OpenAI({ maxRetries: 0 })
 const stream = await client.chat.completions.create({
-  model: 'any', stream: true, temperature: 0, max_tokens: Number(n),
+  model: process.env.MODEL ?? 'any', stream: true, temperature: 0, max_tokens: Number(n),
   messages: [{ role: 'user', content: text }],
 })
 let chunks = 0

@@ -31,6 +31,9 @@ type key struct {
 
 // Ring is the keys of a file.
 type Ring struct {
+	// Check may refuse a file that is read again, by the number of tenants in it. It is set before that, and may be nil.
+	Check func(tenants int) error
+
 	path string
 	salt []byte
 	keys atomic.Pointer[[]key]
@@ -63,6 +66,11 @@ func (r *Ring) Reload() (warning string, err error) {
 	list, err := r.parse(io.LimitReader(f, maxFile))
 	if err != nil {
 		return warning, fmt.Errorf("%s: %w", r.path, err)
+	}
+	if r.Check != nil {
+		if err := r.Check(tenants(list)); err != nil {
+			return warning, err
+		}
 	}
 	r.keys.Store(&list)
 	return warning, nil
@@ -113,9 +121,11 @@ func (r *Ring) sum(secret string) (sum [sha256.Size]byte) {
 }
 
 // Tenants counts who has keys.
-func (r *Ring) Tenants() int {
+func (r *Ring) Tenants() int { return tenants(*r.keys.Load()) }
+
+func tenants(list []key) int {
 	names := map[string]bool{}
-	for _, k := range *r.keys.Load() {
+	for _, k := range list {
 		names[k.tenant] = true
 	}
 	return len(names)

@@ -22,6 +22,9 @@ type Rule struct {
 	hits func(route) bool
 }
 
+// Cloud is the rule for what Ollama sends to another machine. Whoever starts Ollama has to turn its cloud models off, too, unless this is allowed.
+const Cloud = "cloud"
+
 // Rules in the order in which they are asked.
 var Rules = []Rule{
 	{"slot-save", "saving a slot writes a conversation's token ids to disk, in mode permute and off in clear", func(r route) bool { return r.slotAction("save") }},
@@ -31,6 +34,7 @@ var Rules = []Rule{
 	{"lora", "changing LoRA adapters changes the matrices that the shield was set up for", func(r route) bool { return r.writes && r.has("lora-adapters") }},
 	{"props", "changing the engine's properties can change what it logs, stores and shows", func(r route) bool { return r.writes && r.ends("props") }},
 	{"tools", "the engine's tools read files and run commands beside the unshielded part of the conversation", func(r route) bool { return r.writes && r.ends("tools") }},
+	{Cloud, "Ollama's web search sends what a conversation asks for to Ollama's cloud", func(r route) bool { return r.writes && (r.has("web_search") || r.has("web_fetch")) }},
 	{"cors-proxy", "it makes the engine's machine send requests wherever a client wants", func(r route) bool { return r.has("cors-proxy") }},
 }
 
@@ -56,6 +60,9 @@ func New(allow []string) (Policy, error) {
 	return Policy{allow}, nil
 }
 
+// Allows says whether a rule is allowed by name.
+func (p Policy) Allows(name string) bool { return slices.Contains(p.allowed, name) }
+
 // Check says why a request is refused, or nil.
 func (p Policy) Check(r *http.Request) *reply.Failure {
 	if o := overridden(r); o != "" {
@@ -66,7 +73,7 @@ func (p Policy) Check(r *http.Request) *reply.Failure {
 		if !rule.hits(way) {
 			continue
 		}
-		if slices.Contains(p.allowed, rule.Name) {
+		if p.Allows(rule.Name) {
 			return nil
 		}
 		return &reply.Failure{

@@ -41,16 +41,29 @@ func marshal(v any) []byte {
 	return b
 }
 
-// Write answers with the failure.
+// Write answers with the failure. A writer, or one that it wraps, may be told of it (Refused), or ask for Ollama's form (Plain).
 func (f Failure) Write(w http.ResponseWriter) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Cache-Control", "no-store")
-	if o, ok := w.(interface{ Refused(string) }); ok {
-		o.Refused(f.Type)
+	text := f.JSON()
+	for at := w; at != nil; at = wrapped(at) {
+		switch told := at.(type) {
+		case interface{ Refused(string) }:
+			told.Refused(f.Type)
+		case interface{ Plain() }:
+			text = f.Line()
+		}
 	}
 	w.WriteHeader(f.Code)
-	w.Write(f.JSON())
+	w.Write(text)
+}
+
+func wrapped(w http.ResponseWriter) http.ResponseWriter {
+	if u, ok := w.(interface{ Unwrap() http.ResponseWriter }); ok {
+		return u.Unwrap()
+	}
+	return nil
 }
 
 // WriteRetry answers with the failure and when to try again, in whole seconds, rounded up: a client that comes back

@@ -176,11 +176,21 @@ func (s *Service) dropIns() []string {
 	return paths
 }
 
-// Generation says how Ollama runs its models: "current" (a llama-server for each), "embedded" (inside its own executable) or
-// "unknown".
+// Generation says how the service's Ollama runs its models.
 func (s *Service) Generation() string {
-	path, err := s.resolve(s.Program)
-	if err != nil || !filepath.IsAbs(s.Program) {
+	if !filepath.IsAbs(s.Program) {
+		return "unknown"
+	}
+	return generation(s.Program, s.resolve)
+}
+
+// Generation says how an Ollama runs its models: "current" (a llama-server for each), "embedded" (inside its own executable) or
+// "unknown".
+func Generation(program string) string { return generation(program, filepath.EvalSymlinks) }
+
+func generation(program string, resolve func(string) (string, error)) string {
+	path, err := resolve(program)
+	if err != nil {
 		return "unknown"
 	}
 	cause, err := watch.Diagnose(path)
@@ -191,7 +201,7 @@ func (s *Service) Generation() string {
 		return "embedded"
 	}
 	for _, server := range []string{"../lib/ollama/llama-server", "llama-server"} {
-		real, err := s.resolve(filepath.Join(filepath.Dir(s.Program), server))
+		real, err := resolve(filepath.Join(filepath.Dir(program), server))
 		if err != nil {
 			continue
 		}
