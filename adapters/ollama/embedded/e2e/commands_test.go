@@ -141,3 +141,35 @@ func TestModelsLookTheSame(t *testing.T) {
 		}
 	})
 }
+
+// Installed in the place of an Ollama, it looks for backends where that one does: in ../lib/ollama, and in the folders there.
+func TestBackendsOfAnInstalledOllama(t *testing.T) {
+	place, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	backends := filepath.Join(place, "lib", "ollama")
+	device := filepath.Join(backends, "cuda_v13")
+	for _, dir := range []string{filepath.Join(place, "bin"), device} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(device, "libggml-cuda.so"), []byte("no library"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, program := range []string{shielded, filepath.Join(filepath.Dir(shielded), "kvshield-enclave")} {
+		text, err := os.ReadFile(program)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(place, "bin", filepath.Base(program)), text, 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := start(t, filepath.Join(place, "bin", filepath.Base(shielded)), "OLLAMA_DEBUG=1")
+	if want := fmt.Sprintf(`OLLAMA_LIBRARY_PATH="[%s %s]"`, backends, device); !strings.Contains(s.log.String(), want) {
+		t.Errorf("the log does not say %s", want)
+	}
+	s.generate(t, "demo", "In the war", object{"num_predict": 4}) // what is no library does no harm
+}
