@@ -22,7 +22,7 @@ need = @for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || { \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build engine ollama node-host openai-client ollama-client bench-model test load tools demo bench fuzz lint generate clean distclean
+.PHONY: help build engine ollama node-host openai-client ollama-client bench-model bench-ollama test test-ollama load tools demo bench fuzz lint generate clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,7 +36,7 @@ build: ## the command, the enclave and the hook, into bin/
 engine: ## a private stock engine under .engine/
 	@scripts/engine.sh
 
-ollama: build ## work in progress: Ollama's embedded generation, shielded and stock (bin/kvshield-ollama)
+ollama: build ## Ollama with its engines inside, shielded (bin/kvshield-ollama), and stock to compare with
 	@CC='$(CC)' scripts/ollama.sh
 
 node-host: ## node-llama-cpp under .engine/node/
@@ -55,8 +55,16 @@ bench-model: .engine/bench.gguf ## a synthetic model of about 1.1B parameters, f
 	$(GO) run ./internal/benchmodel -o $@.part
 	@mv $@.part $@
 
+test: test-ollama
 test: tools build engine node-host openai-client ollama ollama-client ## all tests, with the real engines
 	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout $(TESTTIME) $(PACKAGES)
+
+test-ollama: tools ollama ollama-client ## the tests of kvshield-ollama, a Go module of its own
+	@scripts/ollama.sh go vet -trimpath ./...
+	@scripts/ollama.sh go test -trimpath -count=1 -timeout $(TESTTIME) ./...
+
+bench-ollama: ollama .engine/bench.gguf ## kvshield-ollama beside stock Ollama, in turns, on a machine that does nothing else
+	@KVSHIELD_BENCH_MODEL='$(CURDIR)/.engine/bench.gguf' scripts/ollama.sh go test -trimpath -count=1 -timeout 60m -v -run TestSpeed ./e2e | grep bench_test
 
 # What the tests need, said before anything is built.
 tools:
@@ -89,7 +97,7 @@ lint: ## formatting, go vet, shellcheck where it is installed
 		else echo 'lint: no shellcheck on this machine, shell scripts not checked'; fi
 
 models: build engine node-host ## docs/models.md: every architecture that the engine knows, in both modes (an hour)
-	KVSHIELD_ARCHITECTURES=all KVSHIELD_WRITE_MODELS=1 $(GO) test ./e2e -run TestEveryArchitecture -count=1 -timeout 120m
+	KVSHIELD_ARCHITECTURES=all KVSHIELD_WRITE_MODELS=1 $(GO) test ./e2e -run 'TestEveryArchitecture|TestQuantisedArchitectures|TestOlderEngine' -count=1 -timeout 120m
 
 generate: ## plugin/pb/*.pb.go from plugin/pb/enclave.proto
 	$(call need,$(GO):golang protoc:protobuf-compiler)

@@ -46,6 +46,8 @@ type Config struct {
 	Resident, Scrub bool
 	// Allowed says of a model, by its full path, that its user allows it to run in the clear. Nil: no model.
 	Allowed func(path string) bool
+	// Ended is called when a hook ends its process, with the reason; may be nil.
+	Ended func(pid int, reason string)
 	// EnclaveLost is called when the enclave died, after the engines were told to end; EnclaveBack when another
 	// one answers. Either may be nil.
 	EnclaveLost, EnclaveBack func()
@@ -66,7 +68,7 @@ type Supervisor struct {
 	mu      sync.Mutex
 	enclave *plugin.Client // nil while there is none
 	engines map[*session.Peer]*engine
-	past    dataplane.Statistics // of engines that are gone
+	counted counted
 	events  Events
 	report  enclave.Report
 
@@ -335,17 +337,6 @@ func (s *Supervisor) Events() Events {
 	e.Refusals = append([]string(nil), e.Refusals...)
 	e.Fatal = append([]string(nil), e.Fatal...)
 	return e
-}
-
-// Statistics of all engines of this run together. The socket transport counts nothing.
-func (s *Supervisor) Statistics() dataplane.Statistics {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	sum := s.past
-	for _, e := range s.engines {
-		sum.Add(e.statistics())
-	}
-	return sum
 }
 
 // Close hangs up on every engine, which ends them, ends the enclave and removes what the run left on disk.

@@ -47,7 +47,7 @@ type transitions struct {
 const attestWithin = 2 * time.Second
 
 func (h *host) status() any {
-	s := status{Mode: h.flags.mode, Keys: h.front.keys(), Since: h.since, Goroutines: runtime.NumGoroutine()}
+	s := status{Mode: h.flags.Mode, Keys: h.front.keys(), Since: h.since, Goroutines: runtime.NumGoroutine()}
 	if h.flags.model != "" {
 		s.Model = filepath.Base(h.flags.model)
 	}
@@ -71,7 +71,7 @@ func shieldStatus(s *supervisor.Supervisor) (*enclaveStatus, *transitions) {
 		a = &enclaveStatus{Backend: r.Backend, Hardware: r.Hardware, Statement: r.Statement, Evidence: len(r.Evidence)}
 	}
 	e := s.Events()
-	n := s.Statistics()
+	n := s.Totals()
 	return a, &transitions{Count: n.Transitions, Bytes: n.Bytes, Shielded: e.Shielded, Refused: len(e.Refusals), Fatal: len(e.Fatal)}
 }
 

@@ -283,6 +283,7 @@ struct kvs_call {
     uint32_t type, id, layer, payload;
     uint32_t capacity, answer; /* bytes that fit; bytes that came back */
     int64_t start;
+    uint64_t enclave_ns, sent; /* what the enclave took for it, and bytes, over all its frames */
     char refusal[513];
 };
 /* Takes the data plane and returns where the body goes; _try or _call sends it and returns the answer's body, _end gives the
@@ -306,6 +307,7 @@ struct kvs_model {
 };
 /* Returns false when the file is none of our business; *refused when the supervisor said no. */
 KVS_HIDDEN bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused);
+KVS_HIDDEN const char *kvs_refusal(void); /* why a model was refused last */
 /* Whether any model needs frequency factors in its graphs. */
 KVS_HIDDEN bool kvs_models_in_graph(void);
 KVS_HIDDEN bool kvs_exchange_fd(int fd, bool *refused);
