@@ -44,7 +44,7 @@ type ExitError = child.ExitError
 func StartServer(c ServerConfig) (*Server, error) {
 	cmd := exec.Command(c.Program, append([]string{"-m", c.Model, "--host", c.Socket}, c.Args...)...)
 	cmd.Env = c.Env
-	p, err := child.Start("llama-server", cmd, c.Output, func() { os.Remove(c.Socket) })
+	p, err := child.Start(cmd, c.Output, func() { os.Remove(c.Socket) })
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -29,10 +30,10 @@ type Process struct {
 	err  error // set before done is closed
 }
 
-// Start starts a program, called name in messages, in a process group of its own. What it prints goes to output, too, when that is not nil. Ended, when not
+// Start starts a program in a process group of its own. What it prints goes to output, too, when that is not nil. Ended, when not
 // nil, is called before Done is closed.
-func Start(name string, cmd *exec.Cmd, output io.Writer, ended func()) (*Process, error) {
-	p := &Process{cmd: cmd, name: name, tail: &tail{}, done: make(chan struct{})}
+func Start(cmd *exec.Cmd, output io.Writer, ended func()) (*Process, error) {
+	p := &Process{cmd: cmd, name: filepath.Base(cmd.Path), tail: &tail{}, done: make(chan struct{})}
 	var out io.Writer = p.tail
 	if output != nil {
 		out = io.MultiWriter(p.tail, output)
@@ -73,7 +74,7 @@ func (p *Process) Err() error {
 
 // ExitError is a program that ended by itself.
 type ExitError struct {
-	Program string // its name, as Start was told
+	Program string // its name
 	State   string // such as "exit status 1"
 	Tail    string // its last lines
 }

@@ -58,7 +58,7 @@ func start(ctx context.Context, c Config) (*Server, error) {
 	s := &Server{address: fmt.Sprintf("127.0.0.1:%d", port), port: port}
 	cmd := exec.Command(c.Program, "serve")
 	cmd.Env = environment(c, s.address)
-	if s.Process, err = child.Start("ollama", cmd, c.Output, nil); err != nil {
+	if s.Process, err = child.Start(cmd, c.Output, nil); err != nil {
 		return nil, err
 	}
 	if err := s.waitReady(ctx); err != nil {
