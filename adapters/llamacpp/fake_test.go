@@ -18,8 +18,8 @@ import (
 
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/hooks/dataplane"
-	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/hooks/frame"
+	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/hooks/session"
 )
 
@@ -42,15 +42,15 @@ type fake struct {
 	observe   bool                // nothing is shielded
 	onOpen    func(*session.Peer) // called when a model is opened, for a request of the test's own
 
-	mu         sync.Mutex
-	opens      []string
-	fatal      []string
-	meters     map[*session.Peer]*meter.Meter
-	graphs     []meter.Graph // of engines that are gone
-	totals     meter.Totals
-	ends       map[*session.Peer]func()
-	greeted    chan struct{}
-	gone       chan struct{}
+	mu      sync.Mutex
+	opens   []string
+	fatal   []string
+	meters  map[*session.Peer]*meter.Meter
+	graphs  []meter.Graph // of engines that are gone
+	totals  meter.Totals
+	ends    map[*session.Peer]func()
+	greeted chan struct{}
+	gone    chan struct{}
 }
 
 // start opens a session socket for the hooks of a test.

@@ -224,6 +224,9 @@ func (s *Supervisor) Fatal(p *session.Peer, message string) {
 	s.events.Fatal = note(s.events.Fatal, message)
 	s.mu.Unlock()
 	s.cfg.Log.Error("a hook ended its engine", "pid", p.PID, "reason", message)
+	if s.cfg.Ended != nil {
+		s.cfg.Ended(p.PID, message)
+	}
 }
 
 // Gone implements session.Handler.

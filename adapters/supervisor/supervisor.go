@@ -46,6 +46,8 @@ type Config struct {
 	Resident, Scrub bool
 	// Allowed says of a model, by its full path, that its user allows it to run in the clear. Nil: no model.
 	Allowed func(path string) bool
+	// Ended is called when a hook ends its process, with the reason; may be nil.
+	Ended func(pid int, reason string)
 	// EnclaveLost is called when the enclave died, after the engines were told to end; EnclaveBack when another
 	// one answers. Either may be nil.
 	EnclaveLost, EnclaveBack func()

@@ -18,6 +18,7 @@ import (
 	"github.com/kvshield/kvshield/audit"
 	"github.com/kvshield/kvshield/audit/play"
 	"github.com/kvshield/kvshield/audit/report"
+	"github.com/kvshield/kvshield/internal/settings"
 )
 
 // exitLeak is the exit code of --fail-above.
@@ -76,7 +77,7 @@ into the file that --html names.`,
 
 func (f *auditFlags) check() error {
 	for _, mode := range f.modes {
-		if err := checkMode(mode); err != nil {
+		if err := settings.CheckMode(mode); err != nil {
 			return err
 		}
 	}
@@ -112,7 +113,7 @@ func runAudit(ctx context.Context, out io.Writer, f *auditFlags, args []string) 
 	var unknown *play.UnknownAttackError
 	switch {
 	case errors.As(err, &unknown):
-		return usageError{err}
+		return usageError{Err: err}
 	case err != nil && ctx.Err() != nil:
 		return errors.New("the audit was interrupted before its end; nothing of it is left, run it again for figures")
 	case err != nil:
@@ -152,8 +153,8 @@ func (f *auditFlags) conversation() (play.Conversation, error) {
 func (f *auditFlags) shieldFor(ctx context.Context) func(string) (play.Shield, string, error) {
 	return func(mode string) (play.Shield, string, error) {
 		o := f.options
-		o.mode = mode
-		cfg, err := o.config()
+		o.Mode = mode
+		cfg, err := o.Config()
 		if err != nil {
 			return nil, "", err
 		}

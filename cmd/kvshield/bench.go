@@ -104,15 +104,15 @@ func measureCost(ctx context.Context, f *benchFlags, args []string) (*bench.Repo
 	if err != nil {
 		return nil, err
 	}
-	cfg, err := f.config()
+	cfg, err := f.Config()
 	if err != nil {
 		return nil, err
 	}
 	c := bench.Config{Model: f.model, Bench: program, Server: server, Args: args, Runs: f.runs, Prompt: f.prompt,
-		Generate: f.generate, Threads: f.threads, Mode: f.mode, DataPlane: f.dataPlane,
+		Generate: f.generate, Threads: f.threads, Mode: f.Mode, DataPlane: f.DataPlane,
 		Depths: f.depths, Prefills: f.prefills, Engines: f.predict, Device: hasDevice(args),
 		Progress: func(what string) func() { return progress("%s", what) }}
-	if f.mode != modeOff {
+	if f.Mode != modeOff {
 		// A signal ends the engine first, then what it depends on.
 		ctx := context.WithoutCancel(ctx)
 		c.NewShield = func() (bench.Shield, error) { return newShield(ctx, cfg) }

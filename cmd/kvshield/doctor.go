@@ -57,7 +57,7 @@ that is needed is missing, or when no mode (or not the one given with --mode) ca
 }
 
 func examine(ctx context.Context, o *doctorOptions, args []string) ([]finding, error) {
-	cfg, err := o.config()
+	cfg, err := o.Config()
 	if err != nil {
 		return nil, err
 	}

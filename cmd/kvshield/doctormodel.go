@@ -43,8 +43,8 @@ func (o *doctorOptions) modelFindings(ctx context.Context, path string) ([]findi
 		return nil, usagef("--context %d: it takes a number of tokens", o.context)
 	}
 	ask := []string{modeResident, modePermute}
-	if o.onlyMode && o.mode != modeOff {
-		ask = []string{o.mode}
+	if o.onlyMode && o.Mode != modeOff {
+		ask = []string{o.Mode}
 	}
 	var list []finding
 	for i, mode := range ask {
@@ -65,7 +65,7 @@ func (o *doctorOptions) modelFindings(ctx context.Context, path string) ([]findi
 // inspect asks an enclave of the given mode.
 func (o *doctorOptions) inspect(ctx context.Context, mode, path string) (m enclave.Model, err error) {
 	of := o.options
-	of.mode = mode
+	of.Mode = mode
 	err = of.withSupervisor(ctx, func(s *supervisor.Supervisor) error {
 		m, err = s.Inspect(ctx, path)
 		return err

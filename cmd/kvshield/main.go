@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
+
+	"github.com/kvshield/kvshield/internal/settings"
 )
 
 const (
@@ -26,9 +26,9 @@ type exitCode int
 func (e exitCode) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
 
 // usageError is a command line that cannot be meant.
-type usageError struct{ error }
+type usageError = settings.UsageError
 
-func usagef(format string, a ...any) error { return usageError{fmt.Errorf(format, a...)} }
+func usagef(format string, a ...any) error { return usageError{Err: fmt.Errorf(format, a...)} }
 
 func main() { os.Exit(Main()) }
 
@@ -70,7 +70,7 @@ Every flag can be set in the environment: --data-plane is KVSHIELD_DATA_PLANE.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			return fromEnvironment(cmd.Flags())
+			return settings.FromEnvironment(cmd.Flags())
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
@@ -85,20 +85,6 @@ Every flag can be set in the environment: --data-plane is KVSHIELD_DATA_PLANE.`,
 	})
 	root.AddCommand(newServe(), newRun(), newAttest(), newDoctor(), newBench(), newAudit(), newOllama())
 	return root
-}
-
-// fromEnvironment sets flags that were not given from KVSHIELD_NAME.
-func fromEnvironment(flags *pflag.FlagSet) error {
-	var err error
-	flags.VisitAll(func(f *pflag.Flag) {
-		name := "KVSHIELD_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		if v := os.Getenv(name); v != "" && !f.Changed && err == nil {
-			if e := flags.Set(f.Name, v); e != nil {
-				err = usagef("%s: %v", name, e)
-			}
-		}
-	})
-	return err
 }
 
 // exactly is cobra's argument check with our exit code.

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kvshield/kvshield/adapters/ollama/service"
+	"github.com/kvshield/kvshield/internal/settings"
 )
 
 // ollamaFlags are those of `kvshield ollama …`.
@@ -57,7 +58,7 @@ func newOllamaEnable() *cobra.Command {
   kvshield ollama enable --dry-run`,
 		Args: exactly(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkMode(f.mode); err != nil {
+			if err := settings.CheckMode(f.mode); err != nil {
 				return err
 			}
 			if f.mode == modeOff {
@@ -163,7 +164,7 @@ func (f *ollamaFlags) self(s *service.Service) (string, error) {
 	if f.root != "/" {
 		return program, nil
 	}
-	return program, s.Reachable(program, besides(os.Getenv("KVSHIELD_ENCLAVE"), "kvshield-enclave"), besides(os.Getenv("KVSHIELD_HOOK"), "libkvshield.so"))
+	return program, s.Reachable(program, settings.Besides(os.Getenv("KVSHIELD_ENCLAVE"), "kvshield-enclave"), settings.Besides(os.Getenv("KVSHIELD_HOOK"), "libkvshield.so"))
 }
 
 func (f *ollamaFlags) verb(done, dry string) string {

@@ -18,6 +18,7 @@ import (
 	"github.com/kvshield/kvshield/adapters/ollama/client"
 	"github.com/kvshield/kvshield/adapters/ollama/server"
 	"github.com/kvshield/kvshield/adapters/ollama/service"
+	"github.com/kvshield/kvshield/internal/settings"
 	"github.com/kvshield/kvshield/proxy"
 	"github.com/kvshield/kvshield/proxy/policy"
 )
@@ -57,7 +58,7 @@ func findOllamaProgram(name string) (string, error) {
 			return filepath.Abs(path)
 		}
 		if name == embeddedName {
-			if path := besides("", name); exists(path) {
+			if path := settings.Besides("", name); exists(path) {
 				return path, nil
 			}
 		}
@@ -88,7 +89,7 @@ type ollamaHost struct {
 func newOllamaHost(ctx context.Context, f *serveFlags, p *front, program string) (*host, error) {
 	generation := service.Generation(program)
 	embedded := filepath.Base(program) == embeddedName
-	if generation == "embedded" && !embedded && f.mode != modeOff {
+	if generation == "embedded" && !embedded && f.Mode != modeOff {
 		return nil, fmt.Errorf("%s: %w", program, service.ErrEmbedded)
 	}
 	h, err := newHost(ctx, f, program)
@@ -103,7 +104,7 @@ func newOllamaHost(ctx context.Context, f *serveFlags, p *front, program string)
 		return nil, fmt.Errorf("cannot become the reaper of Ollama's children: %w", err)
 	}
 	if embedded {
-		h.env = append(without(os.Environ(), "KVSHIELD_MODE", "KVSHIELD_SOCKET"), "KVSHIELD_MODE="+f.mode)
+		h.env = append(without(os.Environ(), "KVSHIELD_MODE", "KVSHIELD_SOCKET"), "KVSHIELD_MODE="+f.Mode)
 		if h.shield != nil {
 			h.env = append(h.env, "KVSHIELD_SOCKET="+h.shield.Socket())
 		}

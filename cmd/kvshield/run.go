@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"sync/atomic"
 	"syscall"
@@ -50,7 +49,7 @@ kvshield waits for engines it left running and ends whatever else remains of its
 			child := exec.Command(program, args[1:]...)
 			child.Args[0] = args[0]
 			child.Stdin, child.Stdout, child.Stderr = os.Stdin, os.Stdout, os.Stderr
-			if o.mode == modeOff {
+			if o.Mode == modeOff {
 				return runPlain(child)
 			}
 			return runShielded(&o, child, allowed)
@@ -91,12 +90,12 @@ func exitOf(err error) error {
 }
 
 func runShielded(o *options, child *exec.Cmd, allowed []string) error {
-	cfg, err := o.config()
+	cfg, err := o.Config()
 	if err != nil {
 		return err
 	}
 	if len(allowed) > 0 {
-		cfg.Allowed = allowance(allowed)
+		cfg.Allowed = store.Listed(allowed)
 	}
 	cfg.Program = child.Args[0]
 	// Not the command's context: a signal is for the program, and the shield stays up until that has ended.
@@ -111,7 +110,7 @@ func runShielded(o *options, child *exec.Cmd, allowed []string) error {
 		return fmt.Errorf("cannot become the reaper of the program's children: %w", err)
 	}
 	endWatch := watchTree(ctx, s)
-	if err := beacon.Light(ctx, o.mode, s); err != nil {
+	if err := beacon.Light(ctx, o.Mode, s); err != nil {
 		return err
 	}
 	child.Env = s.Environment(os.Environ())
@@ -127,26 +126,6 @@ func runShielded(o *options, child *exec.Cmd, allowed []string) error {
 	tree.end()
 	signals.stop()
 	return lastWords(s, child.Args[0], endWatch(), err)
-}
-
-// allowance says of a model whether it is listed: by its path, or by the name that Ollama has for it.
-func allowance(list []string) func(path string) bool {
-	return func(path string) bool {
-		name := store.Name(path)
-		return slices.ContainsFunc(list, func(listed string) bool {
-			if name != "" && store.Same(listed, name) {
-				return true
-			}
-			absolute, err := filepath.Abs(listed)
-			if err != nil {
-				return false
-			}
-			if real, err := filepath.EvalSymlinks(absolute); err == nil {
-				absolute = real
-			}
-			return absolute == path
-		})
-	}
 }
 
 // watchTree starts the watch over this process's descendants. The returned function ends it and returns what it found.

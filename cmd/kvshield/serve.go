@@ -84,8 +84,9 @@ and serves what runs under ` + "`kvshield run`" + ` (or as kvshield-ollama) alre
 }
 
 func serve(ctx context.Context, f *serveFlags, args []string) error {
-	f.errors = &live.Errors{}
-	log, err := f.logger()
+	f.last = &live.Errors{}
+	f.Failed = func(at time.Time, message string) { f.last.Add(at, "log", message) }
+	log, err := f.Logger()
 	if err != nil {
 		return err
 	}
@@ -178,15 +179,15 @@ type host struct {
 }
 
 func newHost(ctx context.Context, f *serveFlags, program string) (*host, error) {
-	cfg, err := f.config()
+	cfg, err := f.Config()
 	if err != nil {
 		return nil, err
 	}
 	h := &host{flags: f, program: program, log: cfg.Log, env: os.Environ(), since: time.Now().UTC().Truncate(time.Second)}
 	h.notReady("the engine is starting")
-	if f.mode == modeOff {
+	if f.Mode == modeOff {
 		h.protection = "mode off: the KV cache is in clear"
-		h.dir, err = supervisor.NewRuntimeDir(f.runtimeDir)
+		h.dir, err = supervisor.NewRuntimeDir(f.RuntimeDir)
 		return h, err
 	}
 	cfg.EnclaveLost = func() { h.notReady(enclaveDied) }
@@ -212,7 +213,7 @@ func (h *host) prepare(ctx context.Context) error {
 		return err
 	}
 	h.report = report
-	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.mode, report.Backend)
+	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.Mode, report.Backend)
 	if !report.Hardware {
 		h.protection += ": no hardware protection"
 	}

@@ -45,7 +45,7 @@ type transitions struct {
 const attestWithin = 2 * time.Second
 
 func (h *host) status() any {
-	s := status{Mode: h.flags.mode, Keys: h.front.keys(), Since: h.since}
+	s := status{Mode: h.flags.Mode, Keys: h.front.keys(), Since: h.since}
 	if h.flags.model != "" {
 		s.Model = filepath.Base(h.flags.model)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/proxy"
 	"github.com/kvshield/kvshield/telemetry"
+	"github.com/kvshield/kvshield/telemetry/live"
 )
 
 // Engines by the names that spans and metrics have for them.
@@ -25,6 +26,7 @@ type telemetryFlags struct {
 	telemetry   bool
 	otlp        string
 	traceLayers float64
+	last        *live.Errors
 }
 
 func (f *telemetryFlags) register(cmd *cobra.Command) {
@@ -45,14 +47,14 @@ func (f *telemetryFlags) check() error {
 }
 
 // start measures, unless that is turned off: then nil does nothing.
-func (f *telemetryFlags) start(ctx context.Context, c telemetry.Config, listener net.Addr, o *options, log *slog.Logger) (*telemetry.Telemetry, error) {
+func (f *telemetryFlags) start(ctx context.Context, c telemetry.Config, listener net.Addr, last *live.Errors, log *slog.Logger) (*telemetry.Telemetry, error) {
 	if !f.telemetry {
 		return nil, nil
 	}
 	if a, ok := listener.(*net.TCPAddr); ok {
 		c.Address, c.Port = a.IP.String(), a.Port
 	}
-	c.OTLP, c.Layers, c.Version, c.Errors, c.Log = f.otlp, f.traceLayers, version(), o.errors, log
+	c.OTLP, c.Layers, c.Version, c.Errors, c.Log = f.otlp, f.traceLayers, version(), last, log
 	return telemetry.Start(ctx, c)
 }
 
@@ -66,14 +68,14 @@ func version() string {
 // measure begins telemetry of a host, before its engine is started.
 func (h *host) measure(ctx context.Context, listener net.Addr) (err error) {
 	f := h.flags
-	c := telemetry.Config{Provider: providerLlama, Model: h.model(), Mode: f.mode, State: h.measured}
+	c := telemetry.Config{Provider: providerLlama, Model: h.model(), Mode: f.Mode, State: h.measured}
 	if isOllama(h.program) {
 		c.Provider = providerOllama
 	}
 	if h.shield != nil {
 		c.Engine = h.shield
 	}
-	h.telemetry, err = f.telemetryFlags.start(ctx, c, listener, &f.options, h.log)
+	h.telemetry, err = f.telemetryFlags.start(ctx, c, listener, f.last, h.log)
 	return err
 }
 

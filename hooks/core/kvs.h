@@ -307,6 +307,7 @@ struct kvs_model {
 };
 /* Returns false when the file is none of our business; *refused when the supervisor said no. */
 KVS_HIDDEN bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused);
+KVS_HIDDEN const char *kvs_refusal(void); /* why a model was refused last */
 /* Whether any model needs frequency factors in its graphs. */
 KVS_HIDDEN bool kvs_models_in_graph(void);
 KVS_HIDDEN bool kvs_exchange_fd(int fd, bool *refused);

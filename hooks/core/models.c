@@ -101,6 +101,13 @@ const char *kvs_architectures(void)
     return *architectures ? architectures : "a model of no known architecture";
 }
 
+static char refusal[sizeof((struct kvs_opened *)0)->refusal]; /* the last one */
+
+const char *kvs_refusal(void)
+{
+    return refusal;
+}
+
 bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
 {
     struct stat st;
@@ -121,6 +128,7 @@ bool kvs_exchange(const char *path, struct kvs_model **model, bool *refused)
             note_architecture(info.marker);
         else if (info.action == KVS_ACTION_REFUSE) {
             kvs_say("error: %s: %s", path, info.refusal);
+            memcpy(refusal, info.refusal, sizeof refusal);
             *refused = true;
         }
     }

@@ -49,11 +49,12 @@ struct kvs_step {
     bool done;
     const struct ggml_tensor *k; /* the cache's tensor of keys */
     struct kvs_cache *cache;
+    uint32_t first, visible; /* cells that it looks at */
     /* attention */
     const struct ggml_tensor *q, *sinks, *mask;
     struct kvs_write *keys, *values; /* NULL when an earlier layer has written them */
     const struct kvs_write *cells_of;
-    uint32_t slot, first, visible;
+    uint32_t slot;
     float scale, max_bias, softcap;
     bool flash, scrub_q;
     struct kvs_cache shape; /* as this step sees it; declared when it is new */

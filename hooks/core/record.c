@@ -159,15 +159,9 @@ static bool survey(const struct kvs_states *f, const void *context, struct kvs_r
     return got > 0;
 }
 
-static void keep(const struct kvs_cache *c, const struct kvs_recorded *used)
+void kvs_cells_keep(const struct kvs_cache *c, const uint32_t *bits)
 {
     uint32_t cells = c->cells * c->streams;
-    uint32_t *bits = calloc((cells + 31) / 32 + 1, sizeof *bits);
-    if (!bits)
-        kvs_die("out of memory");
-    for (size_t i = 0; used && i < used->count; i++)
-        if (used->cells[i] >= 0 && used->cells[i] < cells)
-            bits[used->cells[i] / 32] |= 1u << (used->cells[i] % 32);
     struct kvs_call call = {.type = KVS_KEEP, .id = c->id, .layer = c->layer};
     uint8_t *body = kvs_channel_begin(&call);
     size_t most = (call.capacity - 8) / 4 * 32;
@@ -181,6 +175,18 @@ static void keep(const struct kvs_cache *c, const struct kvs_recorded *used)
         kvs_channel_call(&call);
     }
     kvs_channel_end(&call);
+}
+
+static void keep(const struct kvs_cache *c, const struct kvs_recorded *used)
+{
+    uint32_t cells = c->cells * c->streams;
+    uint32_t *bits = calloc((cells + 31) / 32 + 1, sizeof *bits);
+    if (!bits)
+        kvs_die("out of memory");
+    for (size_t i = 0; used && i < used->count; i++)
+        if (used->cells[i] >= 0 && used->cells[i] < cells)
+            bits[used->cells[i] / 32] |= 1u << (used->cells[i] % 32);
+    kvs_cells_keep(c, bits);
     free(bits);
 }
 

@@ -26,6 +26,9 @@ KVS_HIDDEN void kvs_record_free(struct kvs_record *r);
 KVS_HIDDEN void kvs_cells_change(void);
 KVS_HIDDEN uint64_t kvs_cells_changes(void);
 
+/* Wipes the cells of a cache in the enclave that have no bit. */
+KVS_HIDDEN void kvs_cells_keep(const struct kvs_cache *c, const uint32_t *bits);
+
 /* The engine's own functions for the state of a whole context. */
 struct kvs_states {
     size_t (*get_size)(const void *context);

@@ -33,7 +33,7 @@ static uint32_t first_row(struct kvs_ggml *g, const struct kvs_step *s)
 {
     const struct ggml_tensor *view = kvs_src(g, s->node, 0);
     size_t row = kvs_nb(g, s->k)[1], all = (size_t)kvs_ne(g, s->k)[0];
-    if (s->hadamard || (size_t)(kvs_ne(g, view)[0] * kvs_ne(g, view)[1]) == all)
+    if (g->cache_heads || s->hadamard || (size_t)(kvs_ne(g, view)[0] * kvs_ne(g, view)[1]) == all)
         return 0;
     return (uint32_t)((size_t)((const char *)g->get_data(view) - (const char *)g->get_data(s->k)) * all / row);
 }
@@ -41,11 +41,12 @@ static uint32_t first_row(struct kvs_ggml *g, const struct kvs_step *s)
 void kvs_rotate(struct kvs_ggml *g, const struct kvs_step *s)
 {
     const struct ggml_tensor *shift = kvs_src(g, s->node, 1), *factors = kvs_src(g, s->node, 2);
-    uint32_t cells = s->cache->cells * s->cache->streams;
-    if (g->nbytes(shift) != cells * sizeof(int32_t))
-        kvs_die("a context shift of layer %u has %zu bytes for %u cells", s->cache->layer, g->nbytes(shift), cells);
+    uint32_t end = s->first + s->visible;
+    if (g->nbytes(shift) != s->visible * sizeof(int32_t))
+        kvs_die("a context shift of layer %u has %zu bytes for %u cells", s->cache->layer, g->nbytes(shift), s->visible);
     size_t factor_bytes = factors ? g->nbytes(factors) : 0;
-    struct rotate_head h = {.dims = (uint32_t)kvs_param(g, s->node, 1),
+    struct rotate_head h = {.first = s->first,
+                            .dims = (uint32_t)kvs_param(g, s->node, 1),
                             .mode = (uint32_t)kvs_param(g, s->node, 2),
                             .context = (uint32_t)kvs_param(g, s->node, 4),
                             .base = kvs_paramf(g, s->node, 5),
@@ -61,11 +62,11 @@ void kvs_rotate(struct kvs_ggml *g, const struct kvs_step *s)
     uint8_t *body = kvs_channel_begin(&call);
     if (call.capacity < sizeof h + factor_bytes + sizeof(int32_t))
         kvs_die("a context shift does not fit the data plane; start kvshield with a larger --data-plane-bytes");
-    for (; h.first < cells; h.first += h.count) {
-        h.count = kvs_at_most(cells - h.first, call.capacity - sizeof h - factor_bytes, sizeof(int32_t));
+    for (; h.first < end; h.first += h.count) {
+        h.count = kvs_at_most(end - h.first, call.capacity - sizeof h - factor_bytes, sizeof(int32_t));
         size_t n = h.count * sizeof(int32_t);
         memcpy(body, &h, sizeof h);
-        g->tensor_get(shift, body + sizeof h, h.first * sizeof(int32_t), n);
+        g->tensor_get(shift, body + sizeof h, (h.first - s->first) * sizeof(int32_t), n);
         if (factors)
             g->tensor_get(factors, body + sizeof h + n, 0, factor_bytes);
         call.payload = (uint32_t)(sizeof h + n + factor_bytes);

@@ -1,12 +1,13 @@
 // Package store looks into the folder in which Ollama keeps its models: blobs by digest, and manifests that name them.
 //
-// Start with [Name]. It reads a few small files and changes nothing.
+// Start with [Name], or with [Listed] for a list of a user's. It reads a few small files and changes nothing.
 package store
 
 import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -68,4 +69,25 @@ func tagged(name string) string {
 		name += ":latest"
 	}
 	return name
+}
+
+// Listed makes of a user's list a function that says whether a model is on it: by its full path, or by the name that Ollama has
+// for it.
+func Listed(list []string) func(path string) bool {
+	return func(path string) bool {
+		name := Name(path)
+		return slices.ContainsFunc(list, func(listed string) bool {
+			if name != "" && Same(listed, name) {
+				return true
+			}
+			absolute, err := filepath.Abs(listed)
+			if err != nil {
+				return false
+			}
+			if real, err := filepath.EvalSymlinks(absolute); err == nil {
+				absolute = real
+			}
+			return absolute == path
+		})
+	}
 }

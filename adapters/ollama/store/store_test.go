@@ -46,3 +46,34 @@ func TestSame(t *testing.T) {
 		}
 	}
 }
+
+func TestListed(t *testing.T) {
+	root := t.TempDir()
+	blob := filepath.Join(root, "blobs", "sha256-12ab")
+	manifest := filepath.Join(root, "manifests/registry.ollama.ai/library/demo/latest")
+	file := filepath.Join(root, "model.gguf")
+	link := filepath.Join(root, "link.gguf")
+	for path, text := range map[string]string{manifest: `{"layers":[{"digest":"sha256:12ab"}]}`, file: "GGUF"} {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(file, link); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		list []string
+		path string
+		want bool
+	}{
+		{[]string{"other", "demo"}, blob, true}, {[]string{"demo:latest"}, blob, true}, {[]string{"demo:7b"}, blob, false},
+		{[]string{file}, file, true}, {[]string{link}, file, true}, {[]string{file}, file + "2", false}, {nil, file, false}, {[]string{""}, blob, false},
+	} {
+		if Listed(c.list)(c.path) != c.want {
+			t.Errorf("%q, %s: want %v", c.list, c.path, c.want)
+		}
+	}
+}

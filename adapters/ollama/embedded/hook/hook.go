@@ -43,11 +43,13 @@ package hook
 // #cgo LDFLAGS: -Wl,--wrap=llama_memory_seq_add
 // #include "link/link.h"
 // #include <stdlib.h>
+// extern void kvshield_look(void);
 import "C"
 
 import (
-	"errors"
 	"unsafe"
+
+	"github.com/kvshield/kvshield/adapters/ollama/embedded/cells"
 )
 
 // None is a process that computes nothing: a server, a client. It may read a model's vocabulary.
@@ -59,14 +61,18 @@ func Off() { C.kvs_link_is(C.KVS_LINK_OFF) }
 // Llama is a runner of llama.cpp, whose models are exchanged when it opens them.
 func Llama() { C.kvs_link_is(C.KVS_LINK_LLAMA) }
 
-// ErrRefused means that the model cannot be shielded; the hook has said why on standard error.
-var ErrRefused = errors.New("the model was refused")
+// RefusedError says why a model cannot be shielded. The hook has said it on standard error.
+type RefusedError struct{ Reason string }
+
+func (e *RefusedError) Error() string { return e.Reason }
 
 const pathMax = 4096
 
 // Ollama is a runner of Ollama's own engine, which reads models in Go. It gets the path to open instead of model.
 func Ollama(model string) (string, error) {
 	C.kvs_link_is(C.KVS_LINK_OLLAMA)
+	caches = cells.Follow()
+	C.kvs_link_watch((*[0]byte)(C.kvshield_look))
 	if model == "" {
 		return "", nil
 	}
@@ -75,7 +81,18 @@ func Ollama(model string) (string, error) {
 	out := (*C.char)(C.malloc(pathMax))
 	defer C.free(unsafe.Pointer(out))
 	if C.kvs_link_open(name, out, pathMax) == 0 {
-		return "", ErrRefused
+		return "", &RefusedError{C.GoString(out)}
 	}
 	return C.GoString(out), nil
+}
+
+var caches *cells.Caches
+
+// kvshield_look is called before each graph of Ollama's own engine in mode resident.
+//
+//export kvshield_look
+func kvshield_look() {
+	caches.Look(func(keys unsafe.Pointer, stay []uint32) {
+		C.kvs_link_keep(keys, (*C.uint32_t)(unsafe.SliceData(stay)))
+	})
 }

@@ -1,5 +1,5 @@
-// Package shield makes an Ollama server out of kvshield's parts: [Serve] starts what its runners talk to, [Runner] turns a process into
-// a shielded runner.
+// Package shield makes an Ollama server out of kvshield's parts: a [Server] starts what its runners talk to, [Runner] turns a
+// process into a shielded runner.
 package shield
 
 import (
@@ -10,17 +10,13 @@ import (
 	"strings"
 
 	"github.com/kvshield/kvshield/adapters/ollama/embedded/hook"
-)
-
-const (
-	socketVariable = "KVSHIELD_SOCKET"
-	modeVariable   = "KVSHIELD_MODE"
+	"github.com/kvshield/kvshield/internal/settings"
 )
 
 // Runner prepares this process for `kvshield-ollama runner ARGUMENTS` and returns the arguments to go on with. Its errors begin with
 // "error:", the word by which Ollama finds what to tell its client.
 func Runner(args []string) ([]string, error) {
-	if Mode() == Off {
+	if os.Getenv(modeVariable) == settings.Off {
 		hook.Off()
 		return args, nil
 	}
@@ -49,8 +45,12 @@ func ollama(args []string) ([]string, error) {
 			continue
 		}
 		path, err := hook.Ollama(model)
+		var refused *hook.RefusedError
+		if errors.As(err, &refused) {
+			return nil, refuse(args, "error: "+model+": "+refused.Reason)
+		}
 		if err != nil {
-			return nil, err // said on standard error, after "error:"
+			return nil, err
 		}
 		args[i] = path
 		if joined {

@@ -3,55 +3,77 @@ package shield
 import (
 	"context"
 	"fmt"
-	"log/slog"
+	"net/http"
 	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
-	"time"
+
+	"github.com/spf13/pflag"
 
 	"github.com/kvshield/kvshield/adapters/beacon"
+	"github.com/kvshield/kvshield/adapters/ollama/store"
 	"github.com/kvshield/kvshield/adapters/supervisor"
+	"github.com/kvshield/kvshield/internal/settings"
 )
 
 // hookSum is set when the command is linked, and so links again whatever is new in the hook's archive.
 var hookSum string
 
-// Modes that KVSHIELD_MODE may name.
+// What a server tells its runners.
 const (
-	Resident = "resident"
-	Permute  = "permute"
-	Off      = "off"
+	socketVariable = "KVSHIELD_SOCKET"
+	modeVariable   = "KVSHIELD_MODE"
 )
 
-// Mode is what KVSHIELD_MODE asks for.
-func Mode() string {
-	if mode := os.Getenv(modeVariable); mode != "" {
-		return mode
-	}
-	return Resident
+// Server is the shield of one `kvshield-ollama serve`.
+type Server struct {
+	options settings.Options
+	allowed []string
+	flags   *pflag.FlagSet
 }
 
-const enclaveTimeout = 10 * time.Second
+// NewServer makes the flags that say how to shield.
+func NewServer(f *pflag.FlagSet) *Server {
+	s := &Server{flags: f}
+	s.options.RegisterMode(f)
+	s.options.Register(f)
+	f.StringSliceVar(&s.allowed, "allow-unshielded", nil, "models that run in the clear, by their name or path; for those that the mode cannot shield")
+	_ = f.MarkHidden("hook") // it is linked in
+	return s
+}
 
-// Serve starts the enclave and the session socket for the runners that this process will start, and tells them by the environment.
+// Start starts the enclave and the session socket for the runners that this process will start, and tells them by the environment.
 // The returned function ends both.
-func Serve(ctx context.Context) (stop func(), err error) {
-	mode := Mode()
-	if mode == Off {
+func (s *Server) Start(ctx context.Context) (stop func(), err error) {
+	if err := settings.FromEnvironment(s.flags); err != nil {
+		return nil, err
+	}
+	if err := settings.CheckMode(s.options.Mode); err != nil {
+		return nil, err
+	}
+	if err := os.Setenv(modeVariable, s.options.Mode); err != nil {
+		return nil, err
+	}
+	if s.options.Mode == settings.Off {
 		say("mode off: the KV cache is in clear")
 		return func() {}, os.Unsetenv(socketVariable)
-	}
-	if mode != Resident && mode != Permute {
-		return nil, fmt.Errorf("there is no mode %q; set %s to %s, %s or %s", mode, modeVariable, Resident, Permute, Off)
 	}
 	if os.Getenv(socketVariable) != "" { // whoever started this, kvshield serve for one, has the enclave
 		return func() {}, nil
 	}
-	cfg, err := config(mode)
+	cfg, err := s.options.Config()
 	if err != nil {
 		return nil, err
 	}
+	cfg.Hook, cfg.Program = "", "ollama"
+	if len(s.allowed) > 0 {
+		cfg.Allowed = store.Listed(s.allowed)
+	}
+	return begin(ctx, s.options.Mode, cfg)
+}
+
+func begin(ctx context.Context, mode string, cfg supervisor.Config) (stop func(), err error) {
+	r := &reasons{next: http.DefaultTransport, said: map[string]string{}}
+	cfg.Ended = r.ended
 	s, err := supervisor.New(ctx, cfg)
 	if err != nil {
 		return nil, err
@@ -71,48 +93,10 @@ func Serve(ctx context.Context) (stop func(), err error) {
 	if !report.Hardware {
 		protection += ": no hardware protection"
 	}
-	slog.Debug("kvshield-ollama", "hook", hookSum)
+	http.DefaultClient.Transport = r
+	cfg.Log.Debug("kvshield-ollama", "hook", hookSum)
 	say("mode %s, %s", mode, protection)
 	return s.Close, nil
-}
-
-func config(mode string) (supervisor.Config, error) {
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	args := []string{"--tee", variable("TEE", "auto")}
-	if mode == Resident {
-		threads := variable("ENCLAVE_THREADS", "0")
-		if n, err := strconv.Atoi(threads); err != nil || n < 0 || n > 256 {
-			return supervisor.Config{}, fmt.Errorf("KVSHIELD_ENCLAVE_THREADS is %q; it takes 0 to 256", threads)
-		}
-		args = append(args, "--mode", Resident, "--threads", threads)
-	}
-	return supervisor.Config{
-		Enclave:  variable("ENCLAVE", besides("kvshield-enclave")),
-		Args:     args,
-		Resident: mode == Resident,
-		Scrub:    mode == Resident && variable("SCRUB", "true") != "false",
-		Timeout:  enclaveTimeout,
-		Log:      log,
-	}, nil
-}
-
-func variable(name, otherwise string) string {
-	if value := os.Getenv("KVSHIELD_" + name); value != "" {
-		return value
-	}
-	return otherwise
-}
-
-// besides is the file of that name beside this executable.
-func besides(name string) string {
-	exe, err := os.Executable()
-	if err != nil {
-		return name
-	}
-	if real, err := filepath.EvalSymlinks(exe); err == nil {
-		exe = real
-	}
-	return filepath.Join(filepath.Dir(exe), name)
 }
 
 func say(format string, a ...any) {

@@ -8,36 +8,57 @@ import (
 	"os"
 
 	"github.com/ollama/ollama/cmd"
+	"github.com/spf13/cobra"
 
-	"github.com/kvshield/kvshield/adapters/ollama/embedded/hook"
 	"github.com/kvshield/kvshield/adapters/ollama/embedded/shield"
+	"github.com/kvshield/kvshield/internal/settings"
 )
 
+const exitUsage = 2
+
 func main() {
-	if err := run(context.Background()); err != nil {
-		if !errors.Is(err, hook.ErrRefused) { // which the hook has said
-			fmt.Fprintln(os.Stderr, "Error:", err)
-		}
-		os.Exit(1)
+	err := run(context.Background())
+	if err == nil {
+		return
 	}
+	fmt.Fprintln(os.Stderr, "Error:", err)
+	var usage settings.UsageError
+	if errors.As(err, &usage) {
+		os.Exit(exitUsage)
+	}
+	os.Exit(1)
 }
 
 func run(ctx context.Context) error {
-	if len(os.Args) > 1 {
-		switch os.Args[1] {
-		case "serve", "start":
-			stop, err := shield.Serve(ctx)
-			if err != nil {
-				return err
-			}
-			defer stop()
-		case "runner":
-			args, err := shield.Runner(os.Args[2:])
-			if err != nil {
-				return err
-			}
-			os.Args = append(os.Args[:2:2], args...)
+	if len(os.Args) > 1 && os.Args[1] == "runner" {
+		args, err := shield.Runner(os.Args[2:])
+		if err != nil {
+			return err
 		}
+		os.Args = append(os.Args[:2:2], args...)
 	}
-	return cmd.NewCLI().ExecuteContext(ctx)
+	cli := cmd.NewCLI()
+	if err := shieldServer(cli); err != nil {
+		return err
+	}
+	return cli.ExecuteContext(ctx)
+}
+
+// shieldServer puts the shield around Ollama's own `serve`.
+func shieldServer(cli *cobra.Command) error {
+	serve, _, err := cli.Find([]string{"serve"})
+	if err != nil {
+		return err
+	}
+	server, plain := shield.NewServer(serve.Flags()), serve.RunE
+	serve.Short += ", shielded by kvshield"
+	serve.RunE = func(cmd *cobra.Command, args []string) error {
+		stop, err := server.Start(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer stop()
+		return plain(cmd, args)
+	}
+	return nil
 }

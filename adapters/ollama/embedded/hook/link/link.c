@@ -7,6 +7,7 @@
 #include "engine.h"
 #include "entry.h"
 #include "flavour.h"
+#include "record.h"
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -16,6 +17,20 @@
 #include <errno.h>
 
 static enum kvs_link_engine engine = KVS_LINK_NONE;
+
+static void (*watcher)(void);
+
+void kvs_link_watch(void (*look)(void))
+{
+    watcher = look;
+}
+
+void kvs_link_keep(const void *keys, const uint32_t *cells)
+{
+    const struct kvs_cache *c = kvs_cache_of(keys);
+    if (c)
+        kvs_cells_keep(c, cells);
+}
 
 void kvs_link_is(enum kvs_link_engine e)
 {
@@ -125,9 +140,12 @@ int kvs_link_open(const char *path, char *out, size_t len)
         kvs_die("the path of the model is longer than %zu bytes", len - 1);
     strcpy(out, path);
     if (kvs_exchange(path, &m, &refused)) {
-        kvs_model_complete(m);
+        if (m->original >= 0 && !kvs_link_weights(m))
+            kvs_model_complete(m);
         kvs_model_path(m, out, len);
     }
+    if (refused)
+        snprintf(out, len, "%s", kvs_refusal());
     return !refused;
 }
 
@@ -137,9 +155,21 @@ int kvs_link_open(const char *path, char *out, size_t len)
     result __wrap_##name(__VA_ARGS__);                                                             \
     result __wrap_##name(__VA_ARGS__)
 
+/* The runner's own words about a failed load would come after the reason, and Ollama takes the last. */
+static _Noreturn void end_refused(void)
+{
+    enum { READ_WITHIN_US = 200 * 1000 }; /* Ollama stops reading when the process has ended */
+    usleep(READ_WITHIN_US);
+    _exit(1);
+}
+
 WRAP(struct gguf_context *, gguf_init_from_file, const char *path, struct kvs_gguf_init_params params)
 {
-    return kvs_entry_gguf(the(), path, params);
+    errno = 0;
+    struct gguf_context *model = kvs_entry_gguf(the(), path, params);
+    if (!model && engine == KVS_LINK_LLAMA && errno == EPERM)
+        end_refused();
+    return model;
 }
 
 WRAP(FILE *, ggml_fopen, const char *path, const char *mode)
@@ -172,12 +202,18 @@ WRAP(int, ggml_backend_sched_graph_compute_async, void *sched, struct ggml_cgrap
         kvs_die("a graph is computed outside a runner, where kvshield does not shield it");
     if (engine == KVS_LINK_OLLAMA) {
         kvs_link_name_caches(g, graph);
+        if (watcher && kvs_session_resident())
+            watcher();
         /* This engine leaves the graph's memory to the computation; the hook needs to know it before. */
         ggml_backend_sched_reset(sched);
         if (!g->sched_alloc(sched, graph))
             return ALLOC_FAILED;
     }
-    return kvs_entry_compute(g, sched, graph);
+    int status = kvs_entry_compute(g, sched, graph);
+    if (status == ALLOC_FAILED && engine == KVS_LINK_OLLAMA) /* which says no more than that number to its client */
+        kvs_die("the KV cache of this context does not fit the enclave; use a smaller context (num_ctx), --enclave-storage q8_0, or a "
+                "larger --enclave-memory");
+    return status;
 }
 
 WRAP(bool, ggml_backend_sched_alloc_graph, void *sched, struct ggml_cgraph *graph)
@@ -214,5 +250,5 @@ WRAP(void, ggml_backend_tensor_get, const struct ggml_tensor *t, void *data, siz
 
 WRAP(void, ggml_backend_tensor_set, struct ggml_tensor *t, const void *data, size_t offset, size_t size)
 {
-    kvs_entry_tensor_set(the(), t, data, offset, size);
+    kvs_link_tensor_set(the(), t, data, offset, size);
 }

@@ -1,4 +1,4 @@
-package main
+package settings
 
 import (
 	"strconv"
@@ -23,10 +23,10 @@ func (o *residentOptions) register(f *pflag.FlagSet) {
 
 // arguments of the enclave's program.
 func (o *residentOptions) arguments(mode string) ([]string, error) {
-	if mode != modeResident {
+	if mode != Resident {
 		return nil, nil
 	}
-	args := []string{"--mode", modeResident}
+	args := []string{"--mode", Resident}
 	if o.memory != "auto" {
 		n, err := humanize.ParseBytes(o.memory)
 		if err != nil || n < 1<<20 || n > 1<<50 {
