@@ -198,7 +198,7 @@ func TestTheDashboardOfARealRun(t *testing.T) {
 	}
 	for _, panel := range dashboard(t) {
 		for _, target := range panel.Targets {
-			expr := filled(target.Expr, regexp.QuoteMeta(models[0]), modes[0])
+			expr := filled(target.Expr, strings.ReplaceAll(regexp.QuoteMeta(models[0]), `\`, `\\`), modes[0]) // as Grafana writes it into a PromQL string
 			var err error
 			for end := time.Now().Add(patience / 2); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
 				if _, err = prom.value(expr); err == nil {

@@ -45,7 +45,7 @@ func serveUpstream(ctx context.Context, f *serveFlags, p *front, args []string) 
 	}
 	say("serving %s on %s://%s (%s)", u.name, p.scheme, listener.Addr(), protection)
 	reloadKeys(ctx, p.config.Keys)
-	t, err := f.telemetryFlags.start(ctx, u.measured(f), listener.Addr(), &f.options, p.config.Log)
+	t, err := f.telemetryFlags.start(ctx, u.measured(f), listener.Addr(), f.last, p.config.Log)
 	if err != nil {
 		return err
 	}
