@@ -23,7 +23,7 @@ need = @for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || { \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build engine ollama node-host openai-client ollama-client bench-model test load telemetry-overhead tools demo bench fuzz lint generate clean distclean
+.PHONY: help build engine ollama node-host openai-client ollama-client bench-model bench-ollama test test-ollama load telemetry-overhead tools demo bench fuzz lint generate clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
@@ -37,7 +37,7 @@ build: ## the command, the enclave and the hook, into bin/
 engine: ## a private stock engine under .engine/
 	@scripts/engine.sh
 
-ollama: build ## work in progress: Ollama's embedded generation, shielded and stock (bin/kvshield-ollama)
+ollama: build ## Ollama with its engines inside, shielded (bin/kvshield-ollama), and stock to compare with
 	@CC='$(CC)' scripts/ollama.sh
 
 node-host: ## node-llama-cpp under .engine/node/
@@ -56,8 +56,16 @@ bench-model: .engine/bench.gguf ## a synthetic model of about 1.1B parameters, f
 	$(GO) run ./internal/benchmodel -o $@.part
 	@mv $@.part $@
 
+test: test-ollama
 test: tools build engine node-host openai-client ollama ollama-client ## all tests, with the real engines
 	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout $(TESTTIME) $(PACKAGES)
+
+test-ollama: tools ollama ollama-client ## the tests of kvshield-ollama, a Go module of its own
+	@scripts/ollama.sh go vet -trimpath ./...
+	@scripts/ollama.sh go test -trimpath -count=1 -timeout $(TESTTIME) ./...
+
+bench-ollama: ollama .engine/bench.gguf ## kvshield-ollama beside stock Ollama, in turns, on a machine that does nothing else
+	@KVSHIELD_BENCH_MODEL='$(CURDIR)/.engine/bench.gguf' scripts/ollama.sh go test -trimpath -count=1 -timeout 60m -v -run TestSpeed ./e2e | grep bench_test
 
 # What the tests need, said before anything is built.
 tools:

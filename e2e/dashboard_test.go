@@ -196,14 +196,15 @@ func TestTheDashboardOfARealRun(t *testing.T) {
 	if !slices.Equal(modes, []string{"resident"}) {
 		t.Errorf("modes: %q", modes)
 	}
+	model := strings.ReplaceAll(regexp.QuoteMeta(models[0]), `\`, `\\`) // within quotes, as Grafana puts it
+	end := time.Now().Add(patience)
 	for _, panel := range dashboard(t) {
 		for _, target := range panel.Targets {
-			expr := filled(target.Expr, strings.ReplaceAll(regexp.QuoteMeta(models[0]), `\`, `\\`), modes[0]) // as Grafana writes it into a PromQL string
-			var err error
-			for end := time.Now().Add(patience / 2); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
-				if _, err = prom.value(expr); err == nil {
-					break
-				}
+			expr := filled(target.Expr, model, modes[0])
+			_, err := prom.value(expr)
+			for err != nil && time.Now().Before(end) {
+				time.Sleep(200 * time.Millisecond)
+				_, err = prom.value(expr)
 			}
 			if err != nil {
 				t.Errorf("%s: %v for %s", panel.Title, err, expr)

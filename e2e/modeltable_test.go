@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"os"
@@ -91,6 +92,8 @@ func also(by map[string]outcome, way string) string {
 		return "**failed**: " + o.failed
 	case o.refused != "":
 		return "refused"
+	case o.worst > muchOff:
+		return fmt.Sprintf("runs (%.0e)", o.worst)
 	default:
 		return fmt.Sprintf("exact (%.0e)", o.worst)
 	}
@@ -168,7 +171,7 @@ func (r rows) text(names []string) string {
 		fmt.Fprintf(&b, "\nMode `%s`: %d exact, %d refused, %d unknown, of %d architectures that the engine knows and shapes of them.\n",
 			c.mode, r.count(c.at, "exact"), r.count(c.at, "refused"), r.count(c.at, "unknown"), len(names))
 	}
-	b.WriteString("\nThe stock engine does not run these tiny models. What a mode says of them, it says when it opens the file; a shielded engine did not run them either:\n\n")
+	b.WriteString("\nThe stock engine does not run these tiny models. What a mode says of them, it says before there is a token; a shielded engine did not run them either:\n\n")
 	for _, name := range names {
 		b.WriteString(r.list[name])
 	}
@@ -284,20 +287,19 @@ func together(by map[string]outcome) (o outcome, ran bool) {
 func (m *modelTable) summary(t *testing.T, section string) {
 	rewrite(t, "<!-- "+section+", written by `make models` -->\n", func(string) string {
 		var b strings.Builder
-		fmt.Fprintf(&b, "The stock engine runs %d of %d.\n", len(m.ways), len(m.names))
+		fmt.Fprintf(&b, "Of %d architectures that were tried the stock engine runs %d.\n", len(m.names), len(m.ways))
 		for _, mode := range []string{"resident", "permute"} {
-			var exact int
-			var rest []string
+			var exact, rest []string
 			for _, name := range m.names {
 				switch o, ran := together(m.ways[name][mode]); {
 				case o.exact:
-					exact++
+					exact = append(exact, "`"+name+"`")
 				case ran:
 					what, _, _ := strings.Cut(o.text(), ":")
 					rest = append(rest, fmt.Sprintf("`%s` %s", name, what))
 				}
 			}
-			fmt.Fprintf(&b, "\nMode `%s`: %d exact; %s.\n", mode, exact, strings.Join(rest, ", "))
+			fmt.Fprintf(&b, "\nMode `%s`: %d exact: %s. The rest: %s.\n", mode, len(exact), strings.Join(exact, ", "), cmp.Or(strings.Join(rest, ", "), "none"))
 		}
 		return b.String()
 	})

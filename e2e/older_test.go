@@ -57,6 +57,7 @@ func TestOlderEngine(t *testing.T) {
 	}
 	for _, name := range names {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			model, err := tryTiny(t, name)
 			if err != nil {
 				t.Skip(err)

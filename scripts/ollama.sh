@@ -6,6 +6,8 @@
 #   bin/kvshield-ollama          with kvshield's hook linked in
 #   .engine/ollama/bin/ollama    stock, to compare with
 #
+#   scripts/ollama.sh go ARGUMENTS     go with the same flags, in the module, so that nothing is compiled again
+#
 # Needs a C++ compiler and the sources of Ollama from the Go module proxy. Three headers that the module does not
 # carry come from Debian. Both are built for the processor of this machine (OLLAMA_CPU=native); say OLLAMA_CPU=x86-64-v3, for
 # instance, to build for others.
@@ -40,12 +42,11 @@ headers() {
 }
 
 build() {
-	flags="-O3 -march=${OLLAMA_CPU:-native} -I$ollama/include"
 	version=$(go list -m -f '{{.Version}}' github.com/ollama/ollama)
 	say "building Ollama $version"
 	# The linker's input changes with the hook, which go's cache does not see: hence its sum.
 	sum=$(cksum <"$ollama/libkvshook.a")
-	CGO_ENABLED=1 CGO_CFLAGS=$flags CGO_CXXFLAGS=$flags go build -trimpath \
+	go build -trimpath \
 		-ldflags "-X github.com/ollama/ollama/version.Version=${version#v} $2${sum%% *}" -o "$1" "$3"
 }
 
@@ -56,6 +57,9 @@ done
 headers
 make --no-print-directory -C "$root/adapters/ollama/embedded/hook/link" OUT="$ollama/libkvshook.a" BUILD="$ollama/hook"
 cd "$root/adapters/ollama/embedded"
+flags="-O3 -march=${OLLAMA_CPU:-native} -I$ollama/include"
+export CGO_ENABLED=1 CGO_CFLAGS="$flags" CGO_CXXFLAGS="$flags"
+if [ "${1-}" = go ]; then exec "$@"; fi
 build "$root/bin/kvshield-ollama" '-X github.com/kvshield/kvshield/adapters/ollama/embedded/shield.hookSum=' ./cmd/kvshield-ollama
 build "$ollama/bin/ollama" '-X main.unused=' github.com/ollama/ollama
 say "ready: bin/kvshield-ollama, and .engine/ollama/bin/ollama to compare with"

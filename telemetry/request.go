@@ -138,6 +138,7 @@ func (o observer) Observe(ctx context.Context, e proxy.Event) {
 		r.leaves(e)
 	case proxy.FirstByte:
 		r.first, r.scanner = e.At, answer.New(e.Header)
+		r.begun()
 	case proxy.Chunk:
 		r.scanner.Feed(e.Data)
 	case proxy.End:
@@ -199,9 +200,19 @@ func (r *request) granted(e proxy.Event) {
 	defer t.mu.Unlock()
 	t.drain()
 	t.admit(r)
-	if e.Slot != tenant.AnySlot {
+	if e.Slot == tenant.AnySlot {
+		t.ledger.Roam(&r.account)
+	} else {
 		t.ledger.Assign(e.Slot, &r.account)
 	}
+}
+
+// begun to be answered: it is in its slot.
+func (r *request) begun() {
+	r.t.mu.Lock()
+	defer r.t.mu.Unlock()
+	r.t.drain()
+	r.t.ledger.Begin(&r.account)
 }
 
 // ended: a request that was cut may have a graph running, and is closed a moment later.

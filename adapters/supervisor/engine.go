@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/kvshield/kvshield/enclave"
@@ -26,8 +27,10 @@ type engine struct {
 	meter   *meter.Meter // nil before its hook was told to count; under the supervisor's lock
 	sets    []*modelSet
 	resides []residing
-	clear   string        // the model that it runs in the clear, as its user allows
-	models  []ModelStatus // under the supervisor's lock
+	clear   string // the model that it runs in the clear, as its user allows
+	// Under the supervisor's lock.
+	models   []ModelStatus
+	shielded []uint32 // numbers of models
 }
 
 // Hello implements session.Handler.
@@ -140,7 +143,10 @@ func (s *Supervisor) Open(ctx context.Context, p *session.Peer, path string, mod
 	case err != nil:
 		s.events.Refusals = note(s.events.Refusals, fmt.Sprintf("%s: %v", path, err))
 	case opened.Shield, opened.Reside:
-		s.events.Shielded++
+		if !slices.Contains(e.shielded, opened.Model) {
+			e.shielded = append(e.shielded, opened.Model)
+			s.events.Shielded++
+		}
 	case opened.Clear:
 		s.events.Clear++
 	default:

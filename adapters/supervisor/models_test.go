@@ -140,6 +140,9 @@ func TestSplitModelIsShieldedAsOne(t *testing.T) {
 			t.Errorf("%s is model %d, the first file is %d", filepath.Base(path), id, first)
 		}
 	}
+	if n := s.Events().Shielded; n != 1 {
+		t.Errorf("%d models are counted", n)
+	}
 }
 
 // An engine names its files from where it is, not from where the supervisor is.

@@ -77,7 +77,7 @@ type Supervisor struct {
 
 // Events is what happened in a run, for its last words.
 type Events struct {
-	Shielded int      // models shielded
+	Shielded int      // models shielded, each once however often its process opened it
 	Clear    int      // models in the clear, as their user allows
 	Passed   int      // files without attention weights, opened as they are
 	Refusals []string // why models were refused, the first 100

@@ -86,11 +86,28 @@ static void put_data(struct dump *d, const struct ggml_tensor *t, size_t bytes)
     }
 }
 
+/* The shape of a cache as libllama has it, [floats, cells, streams], whatever the engine. */
+static void cache_shape(const struct dump *d, bool values, int64_t ne[4])
+{
+    if (!d->g->cache_heads)
+        return;
+    int64_t first = ne[0], cells = ne[2];
+    ne[0] = first * ne[1];
+    if (values && !d->flash) { /* [cells, floats of a head, heads] */
+        ne[0] = ne[1] * cells;
+        cells = first;
+    }
+    ne[1] = cells;
+    ne[2] = 1;
+}
+
 static void put_tensor(struct dump *d, const struct ggml_tensor *t)
 {
     const char *name = kvs_name(d->g, t);
     struct record r = {.kind = kvs_is_cache(name) ? CACHE : WEIGHT, .type = (uint32_t)kvs_type(d->g, t)};
     memcpy(r.ne, kvs_ne(d->g, t), sizeof r.ne);
+    if (r.kind == CACHE)
+        cache_shape(d, name[6] == 'v', r.ne);
     memcpy(r.name, name, strnlen(name, sizeof r.name - 1));
     if (readable(d, kvs_buffer(d->g, t)) && d->g->is_contiguous(t))
         r.bytes = d->g->nbytes(t);

@@ -52,8 +52,21 @@ func Open(t testing.TB, address string) *Page {
 	p.check(chromedp.Do(p.ctx)) // starts the browser
 	_, err = chromedp.Call(p.ctx, network.Enable, network.EnableParams{})
 	p.check(err)
-	p.Do(chromedp.Navigate(address))
+	p.open(address)
 	return p
+}
+
+// open tries more than once: on a machine that is busy enough, Chromium has given a page up.
+func (p *Page) open(address string) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, Patience)
+	defer cancel()
+	err := chromedp.Do(ctx, chromedp.Navigate(address))
+	for err != nil && ctx.Err() == nil {
+		p.t.Logf("browser: %v; once more", err)
+		err = chromedp.Do(ctx, chromedp.Navigate(address))
+	}
+	p.check(err)
 }
 
 func (p *Page) check(err error) {

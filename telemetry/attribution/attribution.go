@@ -6,7 +6,9 @@
 //
 // The rules: a graph's transitions count for every request that took part in it; its bytes and times are divided by its tokens. A
 // graph that does not say whose tokens it had belongs to the only request there is, else to nobody. A sequence that was assigned to nobody
-// yet belongs to the only request that has no sequence of its own, else to nobody.
+// yet belongs to the only request that has no sequence of its own, else to nobody. While there is a request that is in a sequence of the
+// engine's choice ([Ledger.Roam]), one that was assigned to another may be waiting behind it: what is computed there is nobody's until
+// that other has begun to answer ([Ledger.Begin]).
 //
 // A ledger is not for several goroutines at a time.
 package attribution
@@ -82,24 +84,48 @@ type Ledger struct {
 	Booked  func(meter.Graph, Class)
 	Decoded func(*Account, Token)
 
-	present map[*Account]bool
+	present map[*Account]standing
 	owners  map[int]*Account
+	roaming int
 }
+
+// standing of a request in the ledger.
+type standing struct{ roams, begun bool }
 
 // Enter a request into the ledger.
 func (l *Ledger) Enter(a *Account) {
 	l.begin()
-	l.present[a] = true
+	l.present[a] = standing{}
 }
 
 func (l *Ledger) begin() {
 	if l.present == nil {
-		l.present, l.owners = map[*Account]bool{}, map[int]*Account{}
+		l.present, l.owners = map[*Account]standing{}, map[int]*Account{}
+	}
+}
+
+// Roam is for a request of which it is not known in which sequences it is.
+func (l *Ledger) Roam(a *Account) {
+	if s, present := l.present[a]; present && !s.roams {
+		s.roams = true
+		l.present[a] = s
+		l.roaming++
+	}
+}
+
+// Begin notes that a request is being answered: its sequence is its own by now.
+func (l *Ledger) Begin(a *Account) {
+	if s, present := l.present[a]; present {
+		s.begun = true
+		l.present[a] = s
 	}
 }
 
 // Leave the ledger. What is computed from now on is not the request's.
 func (l *Ledger) Leave(a *Account) {
+	if l.present[a].roams {
+		l.roaming--
+	}
 	delete(l.present, a)
 	for sequence, owner := range l.owners {
 		if owner == a {
@@ -115,7 +141,7 @@ func (l *Ledger) Assign(sequence int, a *Account) {
 		clear(l.owners)
 	}
 	delete(l.owners, All)
-	if !l.present[a] {
+	if _, present := l.present[a]; !present {
 		a = nil
 	}
 	l.owners[sequence] = a
@@ -124,7 +150,11 @@ func (l *Ledger) Assign(sequence int, a *Account) {
 // owner of a sequence; nil when that is not known.
 func (l *Ledger) owner(sequence int) *Account {
 	for _, s := range [...]int{sequence, All} {
-		if a, known := l.owners[s]; known {
+		a, known := l.owners[s]
+		switch {
+		case known && a != nil && l.roaming > 0 && !l.present[a].begun:
+			return nil
+		case known:
 			return a
 		}
 	}

@@ -216,3 +216,27 @@ func TestStepsAreBounded(t *testing.T) {
 		t.Errorf("%d steps", len(ann.Steps))
 	}
 }
+
+// A request whose slot the engine chose may be in the one that another was given and waits for.
+func TestWhoeverMayBeWaitingIsBookedNothing(t *testing.T) {
+	var ann, bob Account
+	var b bench
+	l := &Ledger{}
+	l.Enter(&ann)
+	l.Roam(&ann)
+	l.Book([]meter.Graph{b.graph(in(0, 4))})
+	l.Enter(&bob)
+	l.Assign(0, &bob)
+	l.Book([]meter.Graph{b.graph(in(0, 1)), b.graph(in(1, 1))})
+	check(t, "ann's prefill", ann.Prefill, 2, 5) // the second sequence is new, and nobody else's
+	check(t, "bob's prefill, while he may be waiting", bob.Prefill, 0, 0)
+	l.Begin(&bob)
+	l.Book([]meter.Graph{b.graph(in(0, 3))})
+	check(t, "bob's prefill, once he is answered", bob.Prefill, 1, 3)
+	var cid Account
+	l.Enter(&cid)
+	l.Assign(1, &cid)
+	l.Leave(&ann)
+	l.Book([]meter.Graph{b.graph(in(1, 2))})
+	check(t, "cid's prefill, with nobody who roams", cid.Prefill, 1, 2)
+}

@@ -203,7 +203,7 @@ func TestRefusals(t *testing.T) {
 		"foreign drop-in": {unit: stockUnit, want: ErrForeign.Error(), prepare: func(root string) {
 			write(t, filepath.Join(root, configDir, unitName+".d", dropInName), "[Service]\nNice=5\n")
 		}},
-		"a whole unit": {unit: exampleUnit(t), want: "nothing to enable"},
+		"a whole unit": {unit: exampleUnit(t, "ollama"), want: "nothing to enable"},
 		"folder leads out": {unit: stockUnit, want: "leads out of", prepare: func(root string) {
 			os.Symlink(t.TempDir(), filepath.Join(root, configDir, unitName+".d"))
 		}},
@@ -224,9 +224,9 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-func exampleUnit(t *testing.T) string {
+func exampleUnit(t *testing.T, name string) string {
 	t.Helper()
-	text, err := os.ReadFile("../../../examples/ollama/ollama.service")
+	text, err := os.ReadFile("../../../examples/ollama/" + name + ".service")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -293,9 +293,11 @@ func TestSystemdAnalyzeVerifies(t *testing.T) {
 	if _, err := find(t, root).Disable(false); err != nil {
 		t.Fatal(err)
 	}
-	write(t, filepath.Join(root, configDir, unitName), strings.NewReplacer("/usr/local/bin/kvshield", "/bin/true", "/usr/local/bin/ollama", "/bin/true").Replace(exampleUnit(t)))
-	if out := verify(); strings.Contains(out, unitName) {
-		t.Errorf("the example:\n%s", out)
+	for _, name := range []string{"embedded", "ollama"} {
+		write(t, filepath.Join(root, configDir, unitName), strings.NewReplacer("/usr/local/bin/kvshield-ollama", "/bin/true", "/usr/local/bin/kvshield", "/bin/true", "/usr/local/bin/ollama", "/bin/true").Replace(exampleUnit(t, name)))
+		if out := verify(); strings.Contains(out, unitName) {
+			t.Errorf("the example %s:\n%s", name, out)
+		}
 	}
 	write(t, filepath.Join(root, configDir, unitName), strings.Replace(stockUnit, "/usr/local/bin/ollama", "/bin/true", 1))
 	if _, err := find(t, root).Enable(Options{"/nowhere/kvshield", "resident"}, false); err != nil {

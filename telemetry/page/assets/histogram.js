@@ -4,10 +4,11 @@ import { begin, draw, empty, label, round125 } from "./svg.js";
 const height = 180;
 const edge = { left: 8, right: 8, top: 20, bottom: 24 };
 const narrowest = 4; // pixels of a bar
-const apart = 52; // pixels between numbers below
+const apart = 54; // pixels between numbers below
 
-// A scale says where a value is, where the first bucket begins and the last one ends, and what to write below.
-export const linear = { to: (v) => v, before: () => 0, after: (bounds) => Math.max(1, bounds.at(-1)), range: () => [0, 1], marks: () => [0, 0.2, 0.4, 0.6, 0.8, 1] };
+// A scale says where a value is, where the first bucket begins and the last one ends, and what to
+// write below: many numbers, or few.
+export const linear = { to: (v) => v, before: () => 0, after: (bounds) => Math.max(1, bounds.at(-1)), range: () => [0, 1], marks: () => [[0, 0.2, 0.4, 0.6, 0.8, 1], [0, 0.5, 1]] };
 
 export const logarithmic = {
   to: Math.log10,
@@ -17,7 +18,7 @@ export const logarithmic = {
   marks(low, high) {
     const all = [];
     for (let m = low; m <= high * 1.001; m = round125(m * 1.5)) all.push(m);
-    return all;
+    return [all, all.filter((m) => Number.isInteger(+Math.log10(m).toFixed(6)))];
   },
 };
 
@@ -65,14 +66,12 @@ function wide(found, x) {
   return all;
 }
 
-function marks(svg, values, x, width, unit) {
-  let last = -Infinity;
-  for (const v of values) {
-    if (x(v) - last < apart) continue;
-    last = x(v);
-    const anchor = last < 24 ? "start" : last > width - 24 ? "end" : "middle";
-    svg.append(draw("line", { x1: last, x2: last, y1: height - edge.bottom, y2: height - edge.bottom + 4, class: "line" }));
-    svg.append(label(last, height - 6, anchor, unit(v)));
+function marks(svg, [many, few], x, width, unit) {
+  const fits = (values) => values.every((v, i) => i === 0 || x(v) - x(values[i - 1]) >= apart);
+  for (const v of fits(many) ? many : few) {
+    const anchor = x(v) < 24 ? "start" : x(v) > width - 24 ? "end" : "middle";
+    svg.append(draw("line", { x1: x(v), x2: x(v), y1: height - edge.bottom, y2: height - edge.bottom + 4, class: "line" }));
+    svg.append(label(x(v), height - 6, anchor, unit(v)));
   }
 }
 

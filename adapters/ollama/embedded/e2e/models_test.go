@@ -80,13 +80,17 @@ func createModels() error {
 
 // create imports a model, with settings that make its answers repeatable.
 func (s *server) create(name, path string) error {
-	file := filepath.Join(home, name+".Modelfile")
-	text := "FROM " + path + `
-TEMPLATE """{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}"""
+	return s.importModel(name, path, `TEMPLATE """{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}"""
 PARAMETER temperature 0
 PARAMETER seed 1
 PARAMETER num_thread 1
-`
+PARAMETER num_predict 64
+`)
+}
+
+func (s *server) importModel(name, path, settings string) error {
+	file := filepath.Join(home, name+".Modelfile")
+	text := "FROM " + path + "\n" + settings
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		return err
 	}

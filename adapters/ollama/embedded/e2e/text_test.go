@@ -118,3 +118,23 @@ func TestContextShift(t *testing.T) {
 		same(t, want, usual(t, startIn(t, mode, w.env...), w))
 	})
 }
+
+// Ollama's own engine leaves what a conversation had cached where it is. In the enclave it is wiped when another conversation has
+// taken the place, and what is still used stays.
+func TestCellsThatAreGivenUp(t *testing.T) {
+	for _, w := range []way{ways["Ollama's engine"], ways["Ollama's engine, gemma3"]} {
+		talk := func(s *server) map[string]string {
+			out := map[string]string{}
+			for i, prompt := range append(w.prompts, w.prompts...) {
+				out[fmt.Sprint(i, prompt)] = s.generate(t, w.model, prompt, object{"num_predict": tokens})
+			}
+			return out
+		}
+		want := talk(start(t, stock, w.env...))
+		s := startIn(t, "resident", append([]string{"OLLAMA_DEBUG=1"}, w.env...)...)
+		same(t, want, talk(s))
+		if n := strings.Count(s.log.String(), "cells that no conversation uses any more are wiped"); n < len(w.prompts) {
+			t.Errorf("%s: cells were wiped %d times", w.model, n)
+		}
+	}
+}
