@@ -4,11 +4,12 @@ SHELL := /bin/sh
 GO ?= go
 CC ?= cc
 
-# Where a fuzz target stops, what is tested, how long that and the load may take, what is timed.
+# Where a fuzz target stops, what is tested, how long that and the load may take, how often telemetry is compared, what is timed.
 FUZZTIME ?= 60s
 PACKAGES ?= ./...
 TESTTIME ?= 30m
 LOADTIME ?= 60s
+PAIRS ?= 20
 MODEL ?= .engine/bench.gguf
 BENCHFLAGS ?=
 
@@ -22,10 +23,10 @@ need = @for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || { \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build engine ollama node-host openai-client ollama-client bench-model bench-ollama test test-ollama load tools demo bench fuzz lint generate clean distclean
+.PHONY: help build engine ollama node-host openai-client ollama-client bench-model bench-ollama test test-ollama load telemetry-overhead tools demo bench fuzz lint generate clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
 
 build: ## the command, the enclave and the hook, into bin/
 	$(call need,$(GO):golang $(CC):gcc)
@@ -78,6 +79,9 @@ bench: build engine $(filter .engine/bench.gguf,$(MODEL)) ## shielded against st
 
 load: build engine ## 64 clients for LOADTIME through the proxy, and what it adds to an answer's time
 	KVSHIELD_LOAD=$(LOADTIME) $(GO) test ./e2e -run TestLoad -v -count=1 -timeout 10m
+
+telemetry-overhead: build engine $(filter .engine/bench.gguf,$(MODEL)) ## decode with telemetry against decode without, in turns (MODEL=, PAIRS=)
+	KVSHIELD_OVERHEAD=$(PAIRS) KVSHIELD_OVERHEAD_MODEL='$(abspath $(MODEL))' $(GO) test ./e2e -run TestTelemetryOverhead -v -count=1 -timeout 60m
 
 fuzz: ## every fuzz target, one after another (FUZZTIME=60s each)
 	@mkdir -p .cache

@@ -48,7 +48,7 @@ func TestThePageOfARealRun(t *testing.T) {
 	for _, id := range []string{"rate", "active", "share50", "share99", "transition50", "transition99", "transitions", "bytes"} {
 		p.Wait("(" + number + ")('" + id + "') > 0")
 	}
-	const layers = 5 // of the demo model
+	const layers = demoLayers
 	p.Wait(fmt.Sprintf("document.querySelectorAll('#layers .cell').length >= %d && document.getElementById('layers').getAttribute('aria-valuemax') === '%d'", 2*layers, layers-1))
 	for _, id := range []string{"share", "transition"} {
 		p.Wait("document.querySelectorAll('#" + id + " .bar').length > 0")

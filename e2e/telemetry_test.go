@@ -43,6 +43,8 @@ type timings struct {
 	CacheN     int `json:"cache_n"`
 	PromptN    int `json:"prompt_n"`
 	PredictedN int `json:"predicted_n"`
+
+	PredictedRate float64 `json:"predicted_per_second"`
 }
 
 func (q *traced) ask(s *server, number int) error {
