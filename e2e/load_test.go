@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -56,13 +57,16 @@ func TestLoad(t *testing.T) {
 	tr.CloseIdleConnections()
 	var after usage
 	for wait := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
-		if after = usageOf(t, s); after.descriptors <= before.descriptors || time.Now().After(wait) {
+		if after = usageOf(t, s); after.descriptors <= before.descriptors && after.goroutines <= before.goroutines || time.Now().After(wait) {
 			break
 		}
 	}
 	t.Logf("%d answers; before %+v, after %+v", answers.Load(), before, after)
 	if after.descriptors > before.descriptors {
 		t.Errorf("%d file descriptors, %d before", after.descriptors, before.descriptors)
+	}
+	if after.goroutines > before.goroutines {
+		t.Errorf("%d goroutines, %d before", after.goroutines, before.goroutines)
 	}
 	if after.kib > before.kib+32<<10 {
 		t.Errorf("%d KiB, %d before", after.kib, before.kib)
@@ -101,10 +105,21 @@ func (s *server) streamOne(t *testing.T, client int) {
 	}
 }
 
-type usage struct{ descriptors, threads, kib int }
+type usage struct{ descriptors, goroutines, threads, kib int }
 
 func usageOf(t *testing.T, s *server) usage {
 	t.Helper()
+	resp, err := s.client.Get(s.url + "/kvshield/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var status struct{ Goroutines int }
+	err = json.NewDecoder(resp.Body).Decode(&status)
+	resp.Body.Close()
+	s.client.CloseIdleConnections() // else the question itself is counted
+	if err != nil || status.Goroutines == 0 {
+		t.Fatalf("%+v %v", status, err)
+	}
 	proc := fmt.Sprintf("/proc/%d/", s.cmd.Process.Pid)
 	fds, err := os.ReadDir(proc + "fd")
 	if err != nil {
@@ -114,7 +129,7 @@ func usageOf(t *testing.T, s *server) usage {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u := usage{descriptors: len(fds)}
+	u := usage{descriptors: len(fds), goroutines: status.Goroutines}
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
 		switch {

@@ -168,7 +168,11 @@ func (c Config) limited(next http.Handler) http.Handler {
 	})
 }
 
-const queueRetry = 2 * time.Second
+const (
+	queueRetry = 2 * time.Second
+	// lastWords is how long a client may take for the end of an answer that was cut.
+	lastWords = time.Second
+)
 
 func (c Config) timed(next http.Handler) http.Handler {
 	if c.RequestTimeout <= 0 {
@@ -177,6 +181,10 @@ func (c Config) timed(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeoutCause(r.Context(), c.RequestTimeout, errTooLong)
 		defer cancel()
+		// The context ends what the engine does; only the connection's own deadline ends a write to a client that reads nothing.
+		connection := http.NewResponseController(w)
+		_ = connection.SetWriteDeadline(time.Now().Add(c.RequestTimeout + lastWords)) // a writer without one has no such client
+		defer connection.SetWriteDeadline(time.Time{})
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
 }

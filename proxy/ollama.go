@@ -27,5 +27,6 @@ func (plainWriter) Plain() {}
 
 // isFile is true for the upload of a file that a model is made of. It passes through to Ollama's disk and is nowhere held.
 func isFile(r *http.Request) bool {
-	return r.Method == http.MethodPost && strings.HasPrefix(r.URL.Path, ollamaPaths+"blobs/")
+	digest, ok := strings.CutPrefix(r.URL.Path, ollamaPaths+"blobs/")
+	return ok && r.Method == http.MethodPost && !strings.Contains(digest, "/")
 }

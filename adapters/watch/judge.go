@@ -146,7 +146,7 @@ func (p *process) judgeCommand(files *catalogue) *finding {
 	for _, m := range p.named {
 		header, data, known := m.tensors()
 		p.undecided = p.undecided || !known
-		if known && data > 0 && read > header+loading(data) && p.hasUnhookedGGML(files) {
+		if known && data > 0 && read > header+loading(data) && p.hasUnhookedGGML(files) && !p.storesModels(files) {
 			return &finding{model: m, evidence: "was given it on its command line and has read " + bytesText(read) + " since its start"}
 		}
 	}

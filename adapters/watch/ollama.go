@@ -9,7 +9,7 @@ import (
 const (
 	ollamaPath   = "github.com/ollama/ollama" // of its main package
 	embeddedPath = "github.com/kvshield/kvshield/adapters/ollama/embedded/cmd/kvshield-ollama"
-	runnerWord   = "runner"                   // `ollama runner …` is one of its own engines
+	runnerWord   = "runner" // `ollama runner …` is one of its own engines
 	modelOption  = "--model"
 	unknownModel = "(not named)"
 )

@@ -23,12 +23,10 @@ import (
 
 func main() {
 	switch os.Args[1] {
-	case "serve":
-		f, err := os.Open(os.Args[2])
-		if err != nil {
-			panic(err)
+	case "serve", "runner":
+		if f, err := os.Open(os.Args[2]); err == nil {
+			io.Copy(sha256.New(), f)
 		}
-		io.Copy(sha256.New(), f)
 	case "map":
 		f, _ := os.Open(os.Args[2])
 		info, _ := f.Stat()
@@ -44,15 +42,25 @@ func main() {
 }
 `
 
-func buildModule(t *testing.T, module string) string {
+func buildModule(t *testing.T, module string) string { return buildPackage(t, module, ".", "") }
+
+// buildPackage builds the program in a folder of a module, with a text in it.
+func buildPackage(t *testing.T, module, folder, text string) string {
 	t.Helper()
 	dir := t.TempDir()
-	for name, text := range map[string]string{"go.mod": "module " + module + "\n\ngo 1.24\n", "main.go": storing} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+	if err := os.MkdirAll(filepath.Join(dir, folder), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string]string{
+		"go.mod":                              "module " + module + "\n\ngo 1.24\n",
+		filepath.Join(folder, "main.go"):      storing,
+		filepath.Join(folder, "mentioned.go"): "package main\n\nimport \"os\"\n\nfunc init() {\n\tif len(os.Args) > 9 {\n\t\tprintln(\"" + text + "\")\n\t}\n}\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	cmd := exec.Command("go", "build", "-o", "program", ".")
+	cmd := exec.Command("go", "build", "-o", "program", "./"+folder)
 	cmd.Dir = dir
 	if text, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)
@@ -84,4 +92,32 @@ func TestOllamaMayStoreModels(t *testing.T) {
 			t.Errorf("cause %v, model %q", v.Cause, v.Model)
 		}
 	})
+}
+
+// What carries ggml may not store models, unless it is kvshield-ollama, and no runner may.
+func TestKvshieldOllamaMayStoreModels(t *testing.T) {
+	b := newBench(t)
+	const ggml = "gguf_init_from_file"
+	own := buildPackage(t, "github.com/kvshield/kvshield/adapters/ollama/embedded", "cmd/kvshield-ollama", ggml)
+	old := buildPackage(t, "github.com/ollama/ollama", ".", ggml)
+	for name, test := range map[string]struct {
+		program, word, model string
+		survives             bool
+	}{
+		"kvshield-ollama stores a small model": {own, "serve", b.small, true},
+		"kvshield-ollama stores a model":       {own, "serve", b.big, true},
+		"kvshield-ollama runs a model":         {own, "runner", b.big, false},
+		"Ollama with ggml stores a model":      {old, "serve", b.big, false},
+		"Ollama with ggml runs a model":        {old, "runner", b.big, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := startWatch(t, b)
+			h := w.start(t, true, nil, test.program, test.word, test.model)
+			if test.survives {
+				h.survives(t, w)
+			} else {
+				h.killed(t, w)
+			}
+		})
+	}
 }

@@ -62,6 +62,7 @@ preloaded into it, and its answers stay what they were.
 
 Start with:
   kvshield serve -m MODEL.gguf            a shielded llama-server behind an OpenAI-compatible address
+  kvshield serve --engine ollama          a shielded Ollama, the same way
   kvshield run -- llama-cli -m MODEL.gguf any program that uses libllama, its children included
   kvshield audit -m MODEL.gguf            attack the KV cache, report what was recovered
   kvshield doctor MODEL.gguf              what is installed here and what would work

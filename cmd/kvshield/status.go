@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/kvshield/kvshield/adapters/supervisor"
@@ -18,6 +19,7 @@ type status struct {
 	Ollama      *ollamaStatus  `json:"ollama,omitempty"`
 	Keys        string         `json:"api_keys"` // none, apart, shared, or one (of a single tenant)
 	Since       time.Time      `json:"since"`
+	Goroutines  int            `json:"goroutines"` // of kvshield serve: more and more of them would be a leak
 }
 
 type health struct {
@@ -45,7 +47,7 @@ type transitions struct {
 const attestWithin = 2 * time.Second
 
 func (h *host) status() any {
-	s := status{Mode: h.flags.Mode, Keys: h.front.keys(), Since: h.since}
+	s := status{Mode: h.flags.Mode, Keys: h.front.keys(), Since: h.since, Goroutines: runtime.NumGoroutine()}
 	if h.flags.model != "" {
 		s.Model = filepath.Base(h.flags.model)
 	}

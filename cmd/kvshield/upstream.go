@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"runtime"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -131,7 +132,7 @@ func (u *upstream) state() proxy.State {
 
 func (u *upstream) status() any {
 	a, err := u.program.Check()
-	s := status{Health: health{Ready: err == nil, Starts: 1}, Keys: u.front.keys(), Since: u.since}
+	s := status{Health: health{Ready: err == nil, Starts: 1}, Keys: u.front.keys(), Since: u.since, Goroutines: runtime.NumGoroutine()}
 	if err != nil {
 		s.Health.Reason = err.Error()
 		a = *u.last.Load()

@@ -1,6 +1,7 @@
 package keys
 
 import (
+	"errors"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -85,6 +86,35 @@ func TestReloadKeepsTheKeysWhenTheFileIsBad(t *testing.T) {
 	}
 	if _, ok := ring.Tenant(r); ok {
 		t.Error("a key that was taken out still works")
+	}
+}
+
+func TestReloadMayBeRefused(t *testing.T) {
+	ring, _, err := load(t, "a:sk-first-key")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ring.Check = func(tenants int) error {
+		if tenants > 1 {
+			return errors.New("too many")
+		}
+		return nil
+	}
+	r := httptest.NewRequest("GET", "/", nil)
+	r.Header.Set("X-Api-Key", "sk-second-key")
+	os.WriteFile(ring.path, []byte("a:sk-first-key\nb:sk-second-key"), 0o600)
+	if _, err := ring.Reload(); err == nil || ring.Tenants() != 1 {
+		t.Errorf("%v, %d tenants", err, ring.Tenants())
+	}
+	if _, ok := ring.Tenant(r); ok {
+		t.Error("a key that was refused counts")
+	}
+	os.WriteFile(ring.path, []byte("a:sk-first-key\na:sk-second-key"), 0o600)
+	if _, err := ring.Reload(); err != nil {
+		t.Error(err)
+	}
+	if _, ok := ring.Tenant(r); !ok {
+		t.Error("another key of the same tenant does not count")
 	}
 }
 

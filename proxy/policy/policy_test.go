@@ -49,6 +49,8 @@ func TestWhatDefeatsTheShieldIsRefused(t *testing.T) {
 		"POST /./props":                             "props",
 		"POST /props%00":                            "props",
 		"POST /tools":                               "tools",
+		"POST /api/experimental/web_search":         "cloud",
+		"POST /api/experimental//Web_Fetch/":        "cloud",
 		"GET /cors-proxy?url=http://10.0.0.1/":      "cors-proxy",
 		"POST http://other/slots/0?action=save":     "slot-save",
 		"POST /slots/0?action=save&filename=%2fetc": "slot-save",
@@ -74,7 +76,7 @@ func TestWhatDefeatsTheShieldIsRefused(t *testing.T) {
 
 func TestTheRestPasses(t *testing.T) {
 	for _, target := range []string{
-		"POST /completion", "POST /v1/chat/completions", "GET /slots", "GET /props", "GET /lora-adapters", "POST /api/chat", "POST /api/pull",
+		"POST /completion", "POST /v1/chat/completions", "GET /slots", "GET /props", "GET /lora-adapters", "POST /api/chat", "POST /api/pull", "POST /api/push", "POST /api/blobs/sha256:0", "DELETE /api/delete",
 		"POST /api/create", "POST /tokenize", "OPTIONS /slots/0?action=save", "GET /?x=/slots/0", "GET /tools", "POST /v1/messages?beta=true",
 	} {
 		method, uri, _ := strings.Cut(target, " ")

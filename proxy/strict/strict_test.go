@@ -112,6 +112,22 @@ func TestAmbiguousRequestsAreRefused(t *testing.T) {
 	}
 }
 
+// Bytes that some servers take for blanks, or drop, around or inside an encoding's name.
+func TestOddBytesInAnEncodingAreRefused(t *testing.T) {
+	addr := serve(t)
+	for _, odd := range []byte{0x01, 0x04, 0x08, 0x09, 0x0a, 0x0b, 0x0c, 0x0d, 0x1f, ' ', 0x7f, 0xa0, 0xff} {
+		for where, value := range map[string]string{"before": string([]byte{odd}) + "chunked", "inside": "chu" + string([]byte{odd}) + "nked", "after": "chunked" + string([]byte{odd})} {
+			if (odd == '\t' || odd == ' ') && where != "inside" {
+				continue // these are blanks, and may be there
+			}
+			got := talk(t, addr, "POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: "+value+"\r\n\r\n0\r\n\r\nGET /b HTTP/1.1\r\nHost: x\r\n"+end)
+			if !strings.HasPrefix(got, "HTTP/1.1 400 ") || strings.Contains(got, `"/b"`) {
+				t.Errorf("%#x %s: %q", odd, where, got)
+			}
+		}
+	}
+}
+
 func TestPlainRequestsPass(t *testing.T) {
 	addr := serve(t)
 	for sent, want := range map[string]string{

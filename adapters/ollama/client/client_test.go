@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -109,4 +110,29 @@ func TestLocal(t *testing.T) {
 
 func dialer(address string) func(context.Context) (net.Conn, error) {
 	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", address) }
+}
+
+// Whoever imports the rest of kvshield does not get Ollama.
+func TestOnlyTheCommandGetsOllama(t *testing.T) {
+	out, err := exec.Command("go", "list", "-f", "{{.ImportPath}} {{join .Deps \" \"}}", "github.com/kvshield/kvshield/...").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const module = "github.com/kvshield/kvshield/"
+	got := map[string]bool{}
+	for line := range strings.Lines(string(out)) {
+		path, deps, _ := strings.Cut(line, " ")
+		if strings.Contains(deps, "github.com/ollama/ollama/") {
+			got[strings.TrimPrefix(path, module)] = true
+		}
+	}
+	for _, path := range []string{"adapters/ollama/client", "adapters/ollama/server", "cmd/kvshield"} {
+		if !got[path] {
+			t.Errorf("%s is expected to use it", path)
+		}
+		delete(got, path)
+	}
+	if len(got) > 0 {
+		t.Errorf("these use it too: %v", got)
+	}
 }
