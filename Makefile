@@ -97,7 +97,7 @@ lint: ## formatting, go vet, shellcheck where it is installed
 		else echo 'lint: no shellcheck on this machine, shell scripts not checked'; fi
 
 models: build engine node-host ## docs/models.md: every architecture that the engine knows, in both modes (an hour)
-	KVSHIELD_ARCHITECTURES=all KVSHIELD_WRITE_MODELS=1 $(GO) test ./e2e -run TestEveryArchitecture -count=1 -timeout 120m
+	KVSHIELD_ARCHITECTURES=all KVSHIELD_WRITE_MODELS=1 $(GO) test ./e2e -run 'TestEveryArchitecture|TestQuantisedArchitectures|TestOlderEngine' -count=1 -timeout 120m
 
 generate: ## plugin/pb/*.pb.go from plugin/pb/enclave.proto
 	$(call need,$(GO):golang protoc:protobuf-compiler)

@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/kvshield/kvshield/audit"
-	"github.com/kvshield/kvshield/internal/tinymodel"
 )
 
 // auditRun runs kvshield audit and returns its report and exit code. The engines get one thread, like those of the other tests: two that
@@ -115,17 +114,38 @@ func checkNothing(t *testing.T, run *audit.Run) {
 	}
 }
 
+func everyAttack() (list []string) {
+	for _, a := range audit.Attacks() {
+		list = append(list, a.Key)
+	}
+	return list
+}
+
+// withoutEngine are the attacks that the length of a conversation is something to. The others try tokens in an engine, always with the
+// same number of the first ones, until their time is up.
+func withoutEngine() (list []string) {
+	for _, a := range audit.Attacks() {
+		if !a.Engine {
+			list = append(list, a.Key)
+		}
+	}
+	return list
+}
+
 // Every attack, on conversations of some 64, 512 and 2,000 tokens: broken in the stock mode, nothing in mode resident.
 func TestAuditOfResidentAtEveryLength(t *testing.T) {
-	for name, test := range map[string]struct{ characters, least, most int }{
-		"64": {80, 50, 140}, "512": {900, 400, 700}, "2000": {20_000, 1900, 2048},
+	for name, test := range map[string]struct {
+		characters, least, most int
+		attacks                 func() []string
+	}{
+		"64": {80, 50, 140, withoutEngine}, "512": {900, 400, 700, everyAttack}, "2000": {20_000, 1900, 2048, withoutEngine},
 	} {
 		t.Run(name, func(t *testing.T) {
 			prompt := filepath.Join(t.TempDir(), "prompt.txt")
 			if err := os.WriteFile(prompt, []byte(prose(t)[:test.characters]), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			r, _ := auditRun(t, nil, "-m", demoModel, "--prompt", prompt, "--mode", "off,resident")
+			r, _ := auditRun(t, nil, "-m", demoModel, "--prompt", prompt, "--mode", "off,resident", "--attack", strings.Join(test.attacks(), ","))
 			for i := range r.Runs {
 				run := &r.Runs[i]
 				t.Logf("%s: %d tokens, chance %.4f, %d results, %q", run.Mode, run.Tokens, run.Chance, len(run.Results), run.Clear)
@@ -219,10 +239,6 @@ func TestAuditOfAnotherShape(t *testing.T) {
 
 // One model of each family: what holds and what falls does not depend on where an architecture puts its rows and frequencies.
 func TestAuditOfEachFamily(t *testing.T) {
-	e, err := tinymodel.Open(t.TempDir(), filepath.Join(root, ".engine"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	some := map[string]bounds{}
 	for _, key := range []string{"naive-values", "naive-keys", "sorted-values", "head-norms", "gram-matrix", "weight-matching", "known-prefix-64"} {
 		some[key] = expected[key]
@@ -241,16 +257,7 @@ func TestAuditOfEachFamily(t *testing.T) {
 		"sliding window": {"gemma2", some, both[1:]}, "two rotary bases": {"gemma3", some, both[1:]},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			recipe, err := e.Discover(dir, tinymodel.Start(test.model))
-			if err != nil {
-				t.Fatal(err)
-			}
-			model := filepath.Join(dir, "m.gguf")
-			if err := recipe.Write(model); err != nil {
-				t.Fatal(err)
-			}
-			r, _ := auditRun(t, nil, "-m", model, "--attack", keys(test.want))
+			r, _ := auditRun(t, nil, "-m", tiny(t, test.model), "--attack", keys(test.want))
 			// Two texts in single bytes have more tokens at the same places than chance has.
 			checkAuditWithin(t, 0.1, r, test.want, test.sources...)
 			for i := range r.Runs {

@@ -107,16 +107,26 @@ func said(lines []string) string {
 	return text.String()
 }
 
+// beginsRight compares what a client got with the beginning of the stock text. Beyond the tokens whose near ties are known either
+// may be right.
+func beginsRight(t *testing.T, beginning, text string) {
+	t.Helper()
+	if n := min(len(beginning), len(text)); text == "" || text[:n] != beginning[:n] {
+		t.Errorf("after the failure the client got wrong text, or none:\n%q", text)
+	}
+}
+
 // What a client sees when the enclave dies or freezes in the middle of its answer: the right text up to there, then an error,
 // and soon afterwards a server that answers again.
 func TestEnclaveFailsInMidAnswer(t *testing.T) { inEachMode(t, enclaveFailsInMidAnswer) }
 
 func enclaveFailsInMidAnswer(t *testing.T, mode string) {
+	t.Parallel() // it mostly waits for a timeout
 	for name, signal := range map[string]syscall.Signal{"killed": syscall.SIGKILL, "frozen": syscall.SIGSTOP} {
 		t.Run(name, func(t *testing.T) {
 			s := startShielded(t, serveOptions{model: demoModel, mode: mode, flags: []string{"--enclave-timeout", "1s"}, args: []string{"-c", "2048", "-np", "1"}})
 			stock := startStock(t, demoModel, nil, "-c", "2048", "-np", "1")
-			whole := said(take(t, stock.stream(t), 10000))
+			beginning := said(take(t, stock.stream(t), 2*tokens))
 			enclave := s.child(t, "kvshield-enclave")
 			stream := s.stream(t)
 			before := take(t, stream, 20)
@@ -124,9 +134,7 @@ func enclaveFailsInMidAnswer(t *testing.T, mode string) {
 				t.Fatal(err)
 			}
 			all := append(before, take(t, stream, 10000)...)
-			if text := said(all); !strings.HasPrefix(whole, text) || len(text) == len(whole) {
-				t.Errorf("after the failure the client got wrong text, or all of it:\n%q", text)
-			}
+			beginsRight(t, beginning, said(all))
 			if end := strings.Join(all[max(0, len(all)-3):], "\n"); !strings.Contains(end, `"error"`) || strings.Contains(end, "[DONE]") {
 				t.Errorf("the stream ends with %q, want an error event", end)
 			}

@@ -25,6 +25,9 @@ var (
 	demoModel = filepath.Join(root, "examples", "model", "demo.gguf")
 )
 
+// buildDir is for what tests make once for all.
+var buildDir string
+
 func engine(name string) string { return filepath.Join(root, ".engine", "bin", name) }
 
 func TestMain(m *testing.M) {
@@ -40,8 +43,14 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
+	dir, err := os.MkdirTemp("/tmp", "kvs-e2e-build-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		os.Exit(1)
+	}
+	buildDir = dir
 	code := m.Run()
-	os.RemoveAll(parentDir)
+	os.RemoveAll(buildDir)
 	os.Exit(code)
 }
 

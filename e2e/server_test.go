@@ -29,6 +29,7 @@ type server struct {
 	log    *buffer
 	cmd    *exec.Cmd // of kvshield serve; nil for a stock server
 	ended  chan error
+	stop   func() // ends it before the test does; it may be called again
 }
 
 // buffer is a bytes.Buffer that several goroutines may use.
@@ -68,15 +69,18 @@ func tryStock(t *testing.T, model string, env []string, args ...string) (*server
 	if err != nil {
 		return nil, err
 	}
-	t.Cleanup(s.Stop)
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }}
+	stop := sync.OnceFunc(func() {
+		transport.CloseIdleConnections()
+		s.Stop()
+	})
+	t.Cleanup(stop)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if err := s.WaitHealthy(ctx); err != nil {
 		return nil, fmt.Errorf("%w: %s", err, lastLine(log.String()))
 	}
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Dial(ctx) }}
-	t.Cleanup(transport.CloseIdleConnections)
-	return &server{url: "http://stock", client: &http.Client{Transport: transport, Timeout: patience}, log: log}, nil
+	return &server{url: "http://stock", client: &http.Client{Transport: transport, Timeout: patience}, log: log, stop: stop}, nil
 }
 
 func lastLine(s string) string {
@@ -125,10 +129,11 @@ func begin(t *testing.T, address string, env []string, program string, args ...s
 		t.Fatal(err)
 	}
 	go func() { s.ended <- s.cmd.Wait() }()
-	t.Cleanup(func() {
+	s.stop = sync.OnceFunc(func() {
 		s.end(t)
 		s.client.CloseIdleConnections()
 	})
+	t.Cleanup(s.stop)
 	return s
 }
 
@@ -186,7 +191,12 @@ func (s *server) wait(t *testing.T) error {
 		s.ended <- err
 		return err
 	case <-time.After(patience):
-		_ = s.cmd.Process.Kill()
+		_ = s.cmd.Process.Signal(syscall.SIGQUIT) // where it is, for the log
+		select {
+		case <-s.ended:
+		case <-time.After(5 * time.Second):
+			_ = s.cmd.Process.Kill()
+		}
 		t.Fatalf("kvshield serve did not end\n%s", s.log)
 		return nil
 	}
@@ -210,6 +220,7 @@ type completion struct {
 	Timings   struct {
 		CacheN  int `json:"cache_n"`
 		PromptN int `json:"prompt_n"`
+		DraftN  int `json:"draft_n"`
 	} `json:"timings"`
 	Probs []struct {
 		Top []struct {
@@ -219,7 +230,7 @@ type completion struct {
 	} `json:"completion_probabilities"`
 }
 
-// complete asks for a greedy completion. More overrides and adds request fields.
+// complete asks for a greedy completion, with what else its tokens could have been. More overrides and adds request fields.
 func (s *server) complete(t *testing.T, prompt string, n int, more map[string]any) completion {
 	t.Helper()
 	c, err := s.tryComplete(prompt, n, more)
@@ -230,7 +241,8 @@ func (s *server) complete(t *testing.T, prompt string, n int, more map[string]an
 }
 
 func (s *server) tryComplete(prompt string, n int, more map[string]any) (completion, error) {
-	request := map[string]any{"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": true, "return_tokens": true, "cache_prompt": false}
+	request := map[string]any{"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": true, "return_tokens": true, "cache_prompt": false,
+		"n_probs": nearest}
 	for k, v := range more {
 		request[k] = v
 	}

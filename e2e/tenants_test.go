@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,14 +16,7 @@ import (
 
 const tenantKeys = "alice:sk-alice-000\nbob:sk-bob-00000\ncarol:sk-carol-000\n"
 
-func keyFile(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "keys")
-	if err := os.WriteFile(path, []byte(tenantKeys), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
+func keyFile(t *testing.T) string { t.Helper(); return keyFileOf(t, tenantKeys) }
 
 // as asks with a key and returns the status and the answer.
 func (s *server) as(key, path string, request any) (int, []byte, error) {

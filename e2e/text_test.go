@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"math"
 	"slices"
 	"testing"
@@ -8,16 +9,14 @@ import (
 
 const tokens = 200
 
-// same fails the test where a shielded answer is not the stock one, byte for byte.
+// same fails the test where shielded answers to the prompts are not the stock ones.
 func same(t *testing.T, stock, shielded []completion) {
 	t.Helper()
 	for i := range stock {
 		if len(stock[i].Tokens) < tokens {
 			t.Errorf("prompt %d: stock gave %d tokens, %d were asked for", i, len(stock[i].Tokens), tokens)
 		}
-		if shielded[i].Content != stock[i].Content {
-			t.Errorf("prompt %d (%q):\nstock:    %q\nshielded: %q", i, prompts[i], stock[i].Content, shielded[i].Content)
-		}
+		sameText(t, fmt.Sprintf("prompt %d (%q)", i, prompts[i]), stock[i], shielded[i])
 	}
 }
 
@@ -42,6 +41,21 @@ func sameLogits(t *testing.T, stock, shielded completion) {
 	t.Logf("logits differ by %.1e relative (median of %d tokens), %.1e at most", median, tokens, worst)
 	if median > 1e-3 {
 		t.Errorf("logits differ by %.1e relative", median)
+	}
+}
+
+// sameFirstLogits compares the logits of the first token after each prompt.
+func sameFirstLogits(t *testing.T, stock, shielded *server, bound float64) {
+	t.Helper()
+	all := map[string]any{"n_probs": vocabulary}
+	worst := 0.0
+	for _, prompt := range prompts {
+		want, got := stock.complete(t, prompt, 1, all), shielded.complete(t, prompt, 1, all)
+		worst = max(worst, distance(logits(t, want, 0), logits(t, got, 0)))
+	}
+	t.Logf("logits of first tokens differ by %.1e relative at most", worst)
+	if !(worst <= bound) {
+		t.Errorf("logits of first tokens differ by %.1e relative", worst)
 	}
 }
 

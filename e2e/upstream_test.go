@@ -75,6 +75,17 @@ func TestServingAnEngineThatRunsAlready(t *testing.T) {
 		t.Errorf("status: %+v, %v", status, err)
 	}
 
+	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		text := s.page(t, "/kvshield/metrics", "")
+		booked, tokens := sampled(text, "kvshield_transitions_total", `kvshield_phase="unknown"`), sampled(text, "gen_ai_client_token_usage_sum", `gen_ai_token_type="output"`)
+		if booked >= float64(status.Transitions.Count) && tokens == 8 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%v transitions and %v tokens were measured, the run counted %d", booked, tokens, status.Transitions.Count)
+		}
+	}
+
 	_ = run.Process.Signal(syscall.SIGTERM)
 	run.Wait()
 	start(engineArgs[0], engineArgs[1:]...)

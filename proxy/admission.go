@@ -61,14 +61,15 @@ type tenantKey struct{}
 
 func tenantOf(ctx context.Context) string { t, _ := ctx.Value(tenantKey{}).(string); return t }
 
-// admitted lets in who has a key. What llama-server shows without a key stays open: its health, and the files of its page.
+// admitted lets in who has a key. What llama-server shows without a key stays open: its health, and the files of its page; so do
+// those of kvshield's page, which are the same for everybody.
 func (c Config) admitted(next http.Handler) http.Handler {
 	if c.Keys == nil {
 		return next
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		tenant, ok := c.Keys.Tenant(r)
-		if !ok && !isOpen(r) {
+		if !ok && !isOpen(r) && !c.isOwnPage(r) {
 			w.Header().Set("WWW-Authenticate", "Bearer")
 			reply.Failure{Message: "invalid or missing API key; send it as Authorization: Bearer KEY or as X-Api-Key: KEY", Type: reply.Authentication, Code: http.StatusUnauthorized}.Write(w)
 			return
@@ -109,11 +110,31 @@ func isPage(path string) bool {
 	return false
 }
 
+// isOwnPage is true for files of the page at /kvshield/. What that page shows comes from another path.
+func (c Config) isOwnPage(r *http.Request) bool {
+	path := r.URL.Path
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	return reads && c.Own[path] != nil && (path+"/" == ownPaths || path == ownPaths || strings.HasPrefix(path, ownPaths+"assets/"))
+}
+
+type drainKey struct{}
+
+// untilDrain ends a request of our own when the server begins to drain: a stream of events would go on for ever.
+func untilDrain(r *http.Request) (*http.Request, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(r.Context())
+	if drain, ok := ctx.Value(drainKey{}).(context.Context); ok {
+		context.AfterFunc(drain, cancel)
+	}
+	return r.WithContext(ctx), cancel
+}
+
 // own answers below /kvshield/.
 func (c Config) own(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case c.Own[r.URL.Path] != nil:
+			r, end := untilDrain(r)
+			defer end()
 			c.Own[r.URL.Path].ServeHTTP(w, r)
 		case c.Status != nil && r.URL.Path == ownPaths+"status":
 			if r.Method != http.MethodGet && r.Method != http.MethodHead {
@@ -192,3 +213,5 @@ func (c Config) timed(next http.Handler) http.Handler {
 func granted(ctx context.Context, slot int) {
 	observe(ctx, Event{Kind: Slot, Slot: slot, Tenant: tenantOf(ctx)})
 }
+
+func clearing(ctx context.Context, slot int) { observe(ctx, Event{Kind: Clearing, Slot: slot}) }

@@ -179,6 +179,43 @@ func TestDiallingIsTriedAgain(t *testing.T) {
 	}
 }
 
+// own answers every path of a page of our own.
+func own(h http.HandlerFunc, paths ...string) map[string]http.Handler {
+	m := map[string]http.Handler{}
+	for _, path := range paths {
+		m[path] = h
+	}
+	return m
+}
+
+func TestOwnPageIsOpenAndItsEventsAreNot(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keys")
+	os.WriteFile(path, []byte("a:sk-secret-1\n"), 0o600)
+	ring, _, err := keys.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusAccepted) }
+	s, _ := frontWith(t, proxy.Config{Dial: dialer(echo(t)), State: ready, Keys: ring,
+		Own: own(ours, "/kvshield", "/kvshield/", "/kvshield/assets/page.js", "/kvshield/events", "/kvshield/metrics")})
+	for target, want := range map[string]int{
+		"GET /kvshield": 202, "HEAD /kvshield/": 202, "GET /kvshield/": 202, "GET /kvshield/assets/page.js": 202,
+		"GET /kvshield/events": 401, "GET /kvshield/metrics": 401, "POST /kvshield/": 401, "GET /kvshield/assets/": 401, "GET /kvshield/assets/../events": 401,
+		"GET /kvshield/assets/none.js": 401, "GET /kvshield/status": 401, "GET //kvshield/": 401,
+	} {
+		method, uri, _ := strings.Cut(target, " ")
+		req, _ := http.NewRequest(method, s.URL+uri, nil)
+		r, err := s.Client().Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Body.Close()
+		if r.StatusCode != want {
+			t.Errorf("%s: %d, want %d", target, r.StatusCode, want)
+		}
+	}
+}
+
 func TestKeysAreAskedForAndNotPassedOn(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "keys")
 	os.WriteFile(path, []byte("a:sk-secret-1\n"), 0o600)

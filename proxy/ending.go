@@ -57,7 +57,7 @@ func (a *answer) Read(p []byte) (int, error) {
 		return n, err
 	}
 	if !late {
-		a.engine.log.Warn("the engine stopped in the middle of an answer", "cause", cause(err))
+		a.engine.log.WarnContext(a.ctx, "the engine stopped in the middle of an answer", "cause", cause(err))
 	}
 	if a.ending == nil {
 		return n, err
@@ -67,6 +67,7 @@ func (a *answer) Read(p []byte) (int, error) {
 		why = broken(a.engine.state(), "in the middle of this answer")
 	}
 	a.cut = true
+	cut(a.ctx)
 	a.tail = a.ending(a.last, why)
 	return n, nil
 }

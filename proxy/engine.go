@@ -123,21 +123,21 @@ func (e *engine) fail(w http.ResponseWriter, r *http.Request, err error) {
 	case r.Context().Err() != nil:
 		panic(http.ErrAbortHandler) // the client has left, or the server is closing
 	case errors.As(err, &dial):
-		e.log.Warn("the engine cannot be reached", "cause", dial.error)
+		e.log.WarnContext(r.Context(), "the engine cannot be reached", "cause", dial.error)
 		writeUnavailable(w, st, orElse(st.Reason, "the engine cannot be reached"))
 	case errors.As(err, new(*http.MaxBytesError)):
 		tooLarge.Write(w)
 	case errors.As(err, &up):
 		reply.Failure{Message: "the request body broke off; send the request again", Type: reply.BadRequest, Code: http.StatusBadRequest}.Write(w)
 	case errors.Is(err, errUnframed):
-		e.log.Warn("the engine's answer was refused", "cause", cause(err))
+		e.log.WarnContext(r.Context(), "the engine's answer was refused", "cause", cause(err))
 		reply.Failure{
 			Message: "the engine's answer was refused: it has neither a length nor chunks, so its end could not be told from a crash; use an engine that speaks HTTP/1.1",
 			Type:    reply.Server,
 			Code:    http.StatusBadGateway,
 		}.Write(w)
 	default:
-		e.log.Warn("the engine stopped before it answered", "cause", cause(err))
+		e.log.WarnContext(r.Context(), "the engine stopped before it answered", "cause", cause(err))
 		broken(st, "before it answered").Write(w)
 	}
 }

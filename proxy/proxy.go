@@ -51,7 +51,8 @@ type Config struct {
 	Keys           *keys.Ring              // who is let in; nil: everybody
 	Policy         policy.Policy           // what is refused
 	Limit          *limit.Limiter          // of requests that have a body; nil: none
-	Tenants        *tenant.Pool            // keeps the slots of tenants apart; nil: the engine chooses slots as it likes
+	Tenants        *tenant.Pool            // keeps the slots of tenants apart; nil: they share
+	Slots          *tenant.Pool            // without Tenants: names slots, so that it is known which request is in which; nil: the engine chooses
 	Status         func() any              // what GET /kvshield/status shows, as JSON; nil: no such page
 	Observer       Observer                // is told what happens; may be nil
 	Ollama         bool                    // the engine is Ollama: errors of its own API are written as it does, files that models are made of may be of any size
@@ -72,13 +73,16 @@ func New(c Config) http.Handler {
 	}
 	e := &engine{dial: c.Dial, state: c.State, log: c.Log, patience: c.DialPatience}
 	way := e.transport()
-	if c.Tenants != nil {
+	if c.Tenants != nil || c.Slots != nil {
 		way = tenant.Transport(way)
+		e.dial = tenant.Dialer(c.Dial)
 	}
 	var h http.Handler = e.handler(way)
-	if c.Tenants != nil {
-		e.dial = tenant.Dialer(c.Dial)
-		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Flush: way}, h)
+	switch {
+	case c.Tenants != nil:
+		h = tenant.Handler(tenant.Config{Pool: c.Tenants, Of: tenantOf, MaxBody: c.MaxBody, Granted: granted, Clearing: clearing, Flush: way}, h)
+	case c.Slots != nil:
+		h = tenant.Share(tenant.Config{Pool: c.Slots, MaxBody: c.MaxBody, Granted: granted}, h)
 	}
 	h = c.timed(h)
 	h = c.limited(h)

@@ -46,7 +46,7 @@ const ownHeader = 8 << 10
 func Serve(ctx context.Context, l net.Listener, h http.Handler, c ServeConfig) error {
 	c = c.withDefaults()
 	// Requests outlive ctx by the drain time, and not longer.
-	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	base, cancel := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), drainKey{}, ctx))
 	defer cancel()
 	var running atomic.Int64
 	srv := &http.Server{

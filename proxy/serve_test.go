@@ -113,6 +113,26 @@ func TestServeCutsWhatDoesNotFinish(t *testing.T) {
 	}
 }
 
+// A stream of our own has no end but this one.
+func TestServeEndsOwnStreams(t *testing.T) {
+	arrived := make(chan struct{})
+	h := proxy.New(proxy.Config{State: ready, Own: own(func(w http.ResponseWriter, r *http.Request) {
+		close(arrived)
+		<-r.Context().Done()
+		io.WriteString(w, "the end")
+	}, "/kvshield/events")})
+	addr, stop, result := serve(t, h, 10*patience)
+	got := ask(addr + "/kvshield/events")
+	wait(t, arrived, "the request arrives")
+	stop()
+	if err := outcome(t, result); err != nil {
+		t.Errorf("Serve: %v", err)
+	}
+	if r := <-got; r.body != "the end" || r.err != nil {
+		t.Errorf("the client got %q, %v", r.body, r.err)
+	}
+}
+
 // A connection without a request must not make a clean end look like a cut.
 func TestServeIgnoresSilentConnections(t *testing.T) {
 	addr, stop, result := serve(t, http.NotFoundHandler(), 10*time.Millisecond)

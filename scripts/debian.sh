@@ -5,6 +5,7 @@
 #   work               an empty folder
 #
 # and has say and die. Then `download` leaves the packages in $apt/archives.
+: "${packages:?}" "${suite:?}" "${work:?}"
 
 # archives prints the address of each archive in the machine's configuration. It asks for what an update
 # would fetch, because apt-get indextargets knows nothing before the first update.

@@ -18,7 +18,7 @@ func Light(ctx context.Context, mode string, s *supervisor.Supervisor) error {
 		return err
 	}
 	return serve(ctx, s.RuntimeDir().Root(), func() Answer {
-		n, e := s.Statistics(), s.Events()
+		n, e := s.Totals(), s.Events()
 		return Answer{Mode: mode, Backend: report.Backend, Hardware: report.Hardware, Statement: report.Statement, Enclave: s.EnclavePID() != 0,
 			Transitions: n.Transitions, Bytes: n.Bytes, Shielded: e.Shielded, Refused: len(e.Refusals), Ended: len(e.Fatal)}
 	})

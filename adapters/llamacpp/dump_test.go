@@ -165,7 +165,7 @@ func TestDumpLeavesTheOutputAsItWas(t *testing.T) {
 			}
 			checkDump(t, file)
 			f.expectFatal(t)
-			if n := f.statistics.Transitions; f.observe != (n == 0) {
+			if n := f.totals.Transitions; f.observe != (n == 0) {
 				t.Errorf("%d transitions", n)
 			}
 		})

@@ -19,6 +19,7 @@ import (
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/hooks/dataplane"
 	"github.com/kvshield/kvshield/hooks/frame"
+	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/hooks/session"
 )
 
@@ -41,13 +42,15 @@ type fake struct {
 	observe   bool                // nothing is shielded
 	onOpen    func(*session.Peer) // called when a model is opened, for a request of the test's own
 
-	mu         sync.Mutex
-	opens      []string
-	fatal      []string
-	statistics dataplane.Statistics
-	ends       map[*session.Peer]func()
-	greeted    chan struct{}
-	gone       chan struct{}
+	mu      sync.Mutex
+	opens   []string
+	fatal   []string
+	meters  map[*session.Peer]*meter.Meter
+	graphs  []meter.Graph // of engines that are gone
+	totals  meter.Totals
+	ends    map[*session.Peer]func()
+	greeted chan struct{}
+	gone    chan struct{}
 }
 
 // start opens a session socket for the hooks of a test.
@@ -140,7 +143,6 @@ func (f *fake) attachShared() (*os.File, func(), error) {
 	return file, func() {
 		stop()
 		<-served
-		f.count(region.Statistics())
 		region.Close()
 	}, nil
 }
@@ -249,6 +251,11 @@ func (f *fake) Gone(p *session.Peer) {
 	f.mu.Lock()
 	end := f.ends[p]
 	delete(f.ends, p)
+	if m := f.meters[p]; m != nil {
+		f.graphs = append(f.graphs, m.Graphs()...)
+		f.totals.Add(m.Totals())
+		m.Close()
+	}
 	f.mu.Unlock()
 	if end != nil {
 		end()
@@ -256,10 +263,23 @@ func (f *fake) Gone(p *session.Peer) {
 	f.gone <- struct{}{}
 }
 
-func (f *fake) count(s dataplane.Statistics) {
+// Meter implements session.Metered.
+func (f *fake) Meter(p *session.Peer) *os.File {
+	file, err := meter.Create()
+	if err != nil {
+		panic(err)
+	}
+	m, err := meter.Map(file)
+	if err != nil {
+		panic(err)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.statistics.Add(s)
+	if f.meters == nil {
+		f.meters = map[*session.Peer]*meter.Meter{}
+	}
+	f.meters[p] = m
+	return file
 }
 
 // waitGone returns when a hook that said hello is gone, its last words included.

@@ -242,13 +242,13 @@ func TestRowThatDoesNotFitTheDataPlane(t *testing.T) {
 }
 
 // The hook's counts are what the transitions were, and every duration lies in its bucket's bounds.
-func TestStatistics(t *testing.T) {
+func TestMeter(t *testing.T) {
 	f := start(t, func(f *fake) { f.inverter = slow{} })
 	if r := runHost(t, f.socket(), demoModel, "load", "decode", "decode", "decode"); r.code != 0 {
 		t.Fatalf("exit code %d\n%s", r.code, r.stderr)
 	}
 	f.waitGone(t)
-	s := f.statistics
+	s := f.totals
 	if n := uint64(3 * built.opened.Layers); s.Transitions != n || s.Bytes != n*3*4*uint64(built.opened.RowFloats) {
 		t.Errorf("%d transitions of %d bytes in 3 decodes of 3 tokens over %d layers", s.Transitions, s.Bytes, built.opened.Layers)
 	}
@@ -259,8 +259,8 @@ func TestStatistics(t *testing.T) {
 	if counted != s.Transitions {
 		t.Errorf("%d transitions in the histogram, %d counted", counted, s.Transitions)
 	}
-	if least := s.Quantile(1 / float64(s.Transitions)); least < slowness || s.Quantile(1) < least || s.Total < time.Duration(s.Transitions)*slowness {
-		t.Errorf("from %v to %v, %v in all; each took at least %v", least, s.Quantile(1), s.Total, slowness)
+	if least := s.Quantile(1 / float64(s.Transitions)); least < slowness || s.Quantile(1) < least || s.Wait < time.Duration(s.Transitions)*slowness {
+		t.Errorf("from %v to %v, %v in all; each took at least %v", least, s.Quantile(1), s.Wait, slowness)
 	}
 }
 

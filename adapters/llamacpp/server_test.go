@@ -80,7 +80,7 @@ func TestServerThatExitsAtOnce(t *testing.T) {
 	}
 	err = s.WaitHealthy(bounded(t))
 	var exit *llamacpp.ExitError
-	if !errors.As(err, &exit) || exit.State != "exit status 3" || exit.Tail != "one\nthe reason" || err.Error() != "llama-server ended (exit status 3)" {
+	if !errors.As(err, &exit) || exit.State != "exit status 3" || exit.Tail != "one\nthe reason" || err.Error() != "script ended (exit status 3)" {
 		t.Errorf("WaitHealthy: %v, %+v", err, exit)
 	}
 	s.Stop() // it is gone: nothing to wait for

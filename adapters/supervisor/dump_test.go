@@ -70,7 +70,7 @@ func TestObservedModelsPass(t *testing.T) {
 	if e := s.Events(); e.Passed != 1 || e.Shielded != 0 || len(e.Refusals) != 0 {
 		t.Errorf("%+v", e)
 	}
-	if n := s.Statistics().Transitions; n != 0 {
+	if n := s.Totals().Transitions; n != 0 {
 		t.Errorf("%d transitions", n)
 	}
 	if _, err := s.Attest(t.Context(), nil); !errors.Is(err, errObserved) {

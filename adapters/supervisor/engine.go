@@ -11,6 +11,7 @@ import (
 
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/hooks/dataplane"
+	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/hooks/session"
 	"github.com/kvshield/kvshield/plugin"
 )
@@ -21,19 +22,12 @@ const detachWithin = 5 * time.Second
 type engine struct {
 	enclave *plugin.Client
 	pid     int
-	plane   uint32            // 0 while there is none
-	region  *dataplane.Region // nil with the socket transport
+	plane   uint32       // 0 while there is none
+	meter   *meter.Meter // nil before its hook was told to count; under the supervisor's lock
 	sets    []*modelSet
 	resides []residing
 	clear   string        // the model that it runs in the clear, as its user allows
 	models  []ModelStatus // under the supervisor's lock
-}
-
-func (e *engine) statistics() dataplane.Statistics {
-	if e.region == nil {
-		return dataplane.Statistics{}
-	}
-	return e.region.Statistics()
 }
 
 // Hello implements session.Handler.
@@ -107,8 +101,7 @@ func (s *Supervisor) shareRegion(ctx context.Context, e *engine, f *os.File) err
 		return err
 	}
 	e.plane = plane.ID
-	e.region, err = dataplane.Map(f)
-	return err
+	return nil
 }
 
 func (s *Supervisor) attachSocket(ctx context.Context, e *engine) (*os.File, error) {
@@ -242,7 +235,7 @@ func (s *Supervisor) Gone(p *session.Peer) {
 	e := s.engines[p]
 	delete(s.engines, p)
 	if e != nil {
-		s.past.Add(e.statistics())
+		s.closeMeter(e)
 	}
 	s.mu.Unlock()
 	s.writeStatus()
@@ -270,9 +263,6 @@ func (e *engine) release(log func(string, ...any)) {
 	}
 	for _, r := range e.resides {
 		report("model", e.enclave.Unload(ctx, r.id))
-	}
-	if e.region != nil {
-		report("region", e.region.Close())
 	}
 }
 

@@ -175,6 +175,7 @@ const (
 	msgRefused = 5
 	msgFatal   = 6
 	msgStop    = 7
+	msgMeter   = 10
 )
 
 func message(kind uint16, body string) []byte {
@@ -187,8 +188,9 @@ func message(kind uint16, body string) []byte {
 
 // peer is an engine's hook, within this process.
 type peer struct {
-	t    *testing.T
-	conn *net.UnixConn
+	t     *testing.T
+	conn  *net.UnixConn
+	meter *os.File
 }
 
 func dial(t *testing.T, s *Supervisor) peer {
@@ -201,7 +203,7 @@ func dial(t *testing.T, s *Supervisor) peer {
 	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
-	return peer{t, conn}
+	return peer{t: t, conn: conn}
 }
 
 // greet says hello and returns the data plane's file.
@@ -212,6 +214,9 @@ func greet(t *testing.T, s *Supervisor) (peer, *os.File) {
 	_, f := p.expect(msgWelcome)
 	if f == nil {
 		t.Fatal("a welcome without a data plane")
+	}
+	if _, p.meter = p.expect(msgMeter); p.meter == nil {
+		t.Fatal("no meter")
 	}
 	return p, f
 }

@@ -2,6 +2,7 @@ package supervisor
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -199,20 +200,63 @@ func TestNotesAreBounded(t *testing.T) {
 	}
 }
 
-func TestStatisticsOutliveTheirEngine(t *testing.T) {
-	s := start(t, nil)
-	p, plane := greet(t, s)
-	if _, err := plane.WriteAt([]byte{5}, 192); err != nil { // the engine's own count of transitions
-		t.Fatal(err)
+// A graph of one transition, as a hook counts it: docs/protocol.md, "Meter".
+func (p peer) compute() {
+	p.t.Helper()
+	le := binary.LittleEndian
+	record := make([]byte, 64)
+	le.PutUint16(record, 1)     // a graph
+	le.PutUint32(record[4:], 3) // tokens
+	le.PutUint64(record[16:], 9)
+	le.PutUint32(record[24:], 1)
+	le.PutUint64(record[56:], 1)
+	for at, b := range map[int64][]byte{64: {1}, 4096: {1}, 4096 + 32*1024: record, 128: {1}} {
+		if _, err := p.meter.WriteAt(b, at); err != nil {
+			p.t.Fatal(err)
+		}
 	}
-	if n := s.Statistics().Transitions; n != 5 {
-		t.Errorf("%d transitions", n)
+}
+
+func TestCountsOutliveTheirEngine(t *testing.T) {
+	s := start(t, nil)
+	if list := s.Graphs(); len(list) != 0 {
+		t.Fatalf("graphs of nobody: %+v", list)
+	}
+	p, _ := greet(t, s)
+	p.compute()
+	if n, layers := s.Totals().Transitions, s.Layers(); n != 1 || len(layers) != 1 || layers[0].Transitions != 1 {
+		t.Errorf("%d transitions, layers %+v", n, layers)
 	}
 	p.conn.Close()
 	eventually(t, "the engine to be gone", func() bool { return !s.Greeted(os.Getpid()) })
-	if n := s.Statistics().Transitions; n != 5 {
+	if n := s.Totals().Transitions; n != 1 {
 		t.Errorf("%d transitions after its end", n)
 	}
+	if list := s.Graphs(); len(list) != 1 || list[0].Tokens != 3 || list[0].End != 9 || list[0].PID != os.Getpid() {
+		t.Errorf("graphs after its end: %+v", list)
+	}
+	if list := s.Graphs(); len(list) != 0 {
+		t.Errorf("handed out twice: %+v", list)
+	}
+}
+
+func TestDetailReachesEnginesThatAreThereAndThatCome(t *testing.T) {
+	s := start(t, nil)
+	wants := func(p peer, want byte) {
+		t.Helper()
+		b := make([]byte, 1)
+		if _, err := p.meter.ReadAt(b, 192); err != nil || b[0] != want {
+			t.Errorf("detail %d, %v; want %d", b[0], err, want)
+		}
+	}
+	before, _ := greet(t, s)
+	wants(before, 0)
+	s.Detail(true)
+	wants(before, 1)
+	after, _ := greet(t, s)
+	wants(after, 1)
+	s.Detail(false)
+	wants(after, 0)
 }
 
 func TestFinishChecksWhatTheEnclaveSays(t *testing.T) {

@@ -68,7 +68,7 @@ type Supervisor struct {
 	mu      sync.Mutex
 	enclave *plugin.Client // nil while there is none
 	engines map[*session.Peer]*engine
-	past    dataplane.Statistics // of engines that are gone
+	counted counted
 	events  Events
 	report  enclave.Report
 
@@ -337,17 +337,6 @@ func (s *Supervisor) Events() Events {
 	e.Refusals = append([]string(nil), e.Refusals...)
 	e.Fatal = append([]string(nil), e.Fatal...)
 	return e
-}
-
-// Statistics of all engines of this run together. The socket transport counts nothing.
-func (s *Supervisor) Statistics() dataplane.Statistics {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	sum := s.past
-	for _, e := range s.engines {
-		sum.Add(e.statistics())
-	}
-	return sum
 }
 
 // Close hangs up on every engine, which ends them, ends the enclave and removes what the run left on disk.

@@ -97,7 +97,7 @@ func (o *doctorOptions) modeFinding(mode string, m enclave.Model, err error) fin
 	case m.Action == enclave.Pass:
 		f.Detail = "nothing to shield: engines open this file as it is"
 	case m.Action == enclave.Reside:
-		f.Detail = "keeps the cache in the enclave" + o.cacheSize(m) + "; the engine's graph decides, before the first token, whether its attention is understood"
+		f.Detail = "keeps " + o.cacheSize(m) + "; the engine's graph decides, before the first token, whether its attention is understood"
 	default:
 		f.Detail = fmt.Sprintf("rewrites %.1f MiB of %.1f MiB, which is what it takes in memory beside the file at any context", mib(m.ShieldBytes), mib(m.Bytes))
 	}
@@ -107,10 +107,10 @@ func (o *doctorOptions) modeFinding(mode string, m enclave.Model, err error) fin
 // cacheSize is what the enclave needs for keys and values in F16.
 func (o *doctorOptions) cacheSize(m enclave.Model) string {
 	if m.CacheFloats == 0 {
-		return ""
+		return "in the enclave what cache there is"
 	}
 	perToken := float64(2 * m.CacheFloats)
-	text := fmt.Sprintf(": %.1f KiB for each token of context", perToken/1024)
+	text := fmt.Sprintf("the cache in the enclave: %.1f KiB for each token of context", perToken/1024)
 	context := o.context
 	if context == 0 {
 		context = m.Context

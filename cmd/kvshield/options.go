@@ -9,6 +9,7 @@ import (
 
 	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/internal/settings"
+	"github.com/kvshield/kvshield/telemetry/logs"
 )
 
 const (
@@ -30,6 +31,7 @@ func (o *options) register(cmd *cobra.Command) {
 // registerShield are the flags that do not depend on the mode.
 func (o *options) registerShield(cmd *cobra.Command) {
 	o.Register(cmd.Flags())
+	_ = cmd.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{logs.Text, logs.JSON}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("tee", cobra.FixedCompletions([]string{"auto", "sgx", "software"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("data-plane", cobra.FixedCompletions([]string{"shm", "socket"}, cobra.ShellCompDirectiveNoFileComp))
 }

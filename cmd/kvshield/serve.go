@@ -18,7 +18,10 @@ import (
 	"github.com/kvshield/kvshield/adapters/llamacpp"
 	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/adapters/watch"
+	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/proxy"
+	"github.com/kvshield/kvshield/telemetry"
+	"github.com/kvshield/kvshield/telemetry/live"
 )
 
 const (
@@ -32,6 +35,7 @@ const (
 type serveFlags struct {
 	options
 	proxyFlags
+	telemetryFlags
 	model, listen, engine, upstream, ollamaHost string
 	verbose                                     bool
 }
@@ -68,6 +72,7 @@ and serves what runs under ` + "`kvshield run`" + ` (or as kvshield-ollama) alre
 	}
 	f.options.register(cmd)
 	f.proxyFlags.register(cmd)
+	f.telemetryFlags.register(cmd)
 	cmd.Flags().StringVarP(&f.model, "model", "m", "", "path of the model, a GGUF file")
 	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8080", "address to serve on")
 	cmd.Flags().StringVar(&f.engine, "engine", "llama-server", "what to run: llama-server, ollama or kvshield-ollama, by its name or a path")
@@ -79,10 +84,16 @@ and serves what runs under ` + "`kvshield run`" + ` (or as kvshield-ollama) alre
 }
 
 func serve(ctx context.Context, f *serveFlags, args []string) error {
+	f.last = &live.Errors{}
+	f.Failed = func(at time.Time, message string) { f.last.Add(at, "log", message) }
 	log, err := f.Logger()
 	if err != nil {
 		return err
 	}
+	if err := f.telemetryFlags.check(); err != nil {
+		return err
+	}
+	f.nameSlots = f.nameSlots && f.telemetry
 	p, err := f.front(log)
 	if err != nil {
 		return err
@@ -120,6 +131,9 @@ func serveEngine(ctx context.Context, f *serveFlags, p *front, make func() (*hos
 	}
 	h.front = p
 	defer h.close()
+	if err := h.measure(ctx, listener.Addr()); err != nil {
+		return err
+	}
 	if err := h.startFirst(ctx); err != nil {
 		return err
 	}
@@ -151,6 +165,8 @@ type host struct {
 	env        []string
 	passes     bool // its model keeps nothing, and is opened as it is
 	protection string
+	report     enclave.Report // nothing in mode off
+	telemetry  *telemetry.Telemetry
 	front      *front
 	since      time.Time
 	starts     atomic.Int64
@@ -196,6 +212,7 @@ func (h *host) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	h.report = report
 	h.protection = fmt.Sprintf("mode %s, TEE %s", h.flags.Mode, report.Backend)
 	if !report.Hardware {
 		h.protection += ": no hardware protection"
@@ -215,21 +232,36 @@ func (h *host) enclaveBack() {
 func (h *host) notReady(reason string) { h.reason.Store(&reason) }
 
 func (h *host) start(ctx context.Context) error {
-	if h.front.tenants != nil {
-		h.front.tenants.Resize(0) // nothing that was meant for the engine before reaches this one
+	if h.flags.model == "" { // it loads models later
+		return h.startEngine(ctx)
+	}
+	end := h.telemetry.Shielding(h.model())
+	err := h.startEngine(ctx)
+	end(err)
+	return err
+}
+
+func (h *host) startEngine(ctx context.Context) error {
+	pool := h.front.pool()
+	if pool != nil {
+		pool.Resize(0) // nothing that was meant for the engine before reaches this one
 	}
 	s, err := h.launch(ctx)
 	if err != nil {
 		return err
 	}
-	if h.front.tenants != nil { // only a llama-server keeps them apart
+	if pool != nil { // only a llama-server has slots with names
 		slots, err := s.(*llamacpp.Server).Slots(ctx)
-		if err != nil {
+		if err != nil && h.front.tenants != nil {
 			s.Kill()
 			return err
 		}
-		h.front.tenants.KeepsNothing = h.passes
-		defer h.front.tenants.Resize(slots)
+		if err != nil {
+			h.log.Warn("what the enclave costs is not known by request", "error", err)
+			slots = -1
+		}
+		pool.KeepsNothing = h.passes
+		defer pool.Resize(slots)
 	}
 	h.starts.Add(1)
 	h.server.Store(&running{s})
@@ -285,11 +317,8 @@ func (h *host) serve(ctx context.Context, l net.Listener) error {
 func (h *host) handler() http.Handler {
 	c := h.front.config
 	c.Dial, c.State, c.Status = h.dial, h.state, h.status
-	return proxy.New(h.watched(c))
+	return h.telemetry.Handler(proxy.New(h.watched(c)))
 }
-
-// watched is where telemetry attaches: an Observer for the proxy's events, pages of its own below /kvshield/ in Own.
-func (h *host) watched(c proxy.Config) proxy.Config { return c }
 
 func (h *host) dial(ctx context.Context) (net.Conn, error) { return h.server.Load().Dial(ctx) }
 
@@ -352,6 +381,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 func (h *host) close() {
+	h.telemetry.Close()
 	if s := h.server.Load(); s != nil {
 		s.Stop()
 	}

@@ -38,6 +38,7 @@ type proxyFlags struct {
 	queueTimeout      time.Duration
 	drain             time.Duration
 	allow             []string
+	nameSlots         bool
 }
 
 func (f *proxyFlags) register(cmd *cobra.Command) {
@@ -57,6 +58,7 @@ func (f *proxyFlags) register(cmd *cobra.Command) {
 	fs.DurationVar(&f.queueTimeout, "queue-timeout", time.Minute, "how long a request may wait for its turn before it is answered 503 (0: for ever)")
 	fs.DurationVar(&f.drain, "drain", 10*time.Second, "how long running answers may go on after SIGTERM")
 	fs.StringSliceVar(&f.allow, "allow", nil, "let through what is refused otherwise: "+strings.Join(policy.Names(), ", "))
+	fs.BoolVar(&f.nameSlots, "name-slots", true, "name the engine's slot in each request, so that what the enclave costs is known by request; off: the engine chooses, and may use its prompt cache in host memory")
 	_ = cmd.RegisterFlagCompletionFunc("allow", cobra.FixedCompletions(policy.Names(), cobra.ShellCompDirectiveNoFileComp))
 }
 
@@ -67,6 +69,14 @@ type front struct {
 	scheme  string
 	tenants *tenant.Pool // nil when keys share, or there are none, or are all of one tenant
 	alone   bool         // there is one tenant, and may not be another
+}
+
+// pool of the engine's slots; nil where nobody needs to know which request is in which.
+func (f *front) pool() *tenant.Pool {
+	if f.tenants != nil {
+		return f.tenants
+	}
+	return f.config.Slots
 }
 
 func (f *proxyFlags) front(log *slog.Logger) (*front, error) {
@@ -93,7 +103,13 @@ func (f *proxyFlags) front(log *slog.Logger) (*front, error) {
 	}
 	p.config = proxy.Config{Log: log, Policy: rules, MaxBody: body, RequestTimeout: f.requestTimeout, DialPatience: time.Second, Limit: limit.New(f.concurrent, f.queue, f.queueTimeout)}
 	p.serve = proxy.ServeConfig{Drain: f.drain, MaxHeader: int(header), ReadHeaderTimeout: f.headerTimeout, IdleTimeout: f.idleTimeout}
-	return p, f.readKeys(p)
+	if err := f.readKeys(p); err != nil {
+		return nil, err
+	}
+	if p.tenants == nil && f.nameSlots {
+		p.config.Slots = &tenant.Pool{}
+	}
+	return p, nil
 }
 
 func (f *proxyFlags) readKeys(p *front) error {

@@ -71,7 +71,7 @@ func shieldStatus(s *supervisor.Supervisor) (*enclaveStatus, *transitions) {
 		a = &enclaveStatus{Backend: r.Backend, Hardware: r.Hardware, Statement: r.Statement, Evidence: len(r.Evidence)}
 	}
 	e := s.Events()
-	n := s.Statistics()
+	n := s.Totals()
 	return a, &transitions{Count: n.Transitions, Bytes: n.Bytes, Shielded: e.Shielded, Refused: len(e.Refusals), Fatal: len(e.Fatal)}
 }
 

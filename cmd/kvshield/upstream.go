@@ -46,9 +46,14 @@ func serveUpstream(ctx context.Context, f *serveFlags, p *front, args []string) 
 	}
 	say("serving %s on %s://%s (%s)", u.name, p.scheme, listener.Addr(), protection)
 	reloadKeys(ctx, p.config.Keys)
+	t, err := f.telemetryFlags.start(ctx, u.measured(f), listener.Addr(), f.last, p.config.Log)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
 	c := p.config
 	c.Dial, c.State, c.Status = u.dial, u.state, u.status
-	return proxy.Serve(ctx, listener, proxy.New(c), p.serve)
+	return proxy.Serve(ctx, listener, t.Handler(proxy.New(t.Attach(c))), p.serve)
 }
 
 func (f *serveFlags) findUpstream(ctx context.Context, p *front) (*upstream, error) {
@@ -87,9 +92,10 @@ func newUpstream(p *front, name, address string) (*upstream, error) {
 	return u, nil
 }
 
-// oneTenant is for an engine that cannot keep tenants apart: one that somebody else started, and any Ollama. Where keys do not share there
+// oneTenant is for an engine that cannot keep tenants apart: one that somebody else started, and any Ollama. Nor can it be told which slot to use. Where keys do not share there
 // may be one tenant, now and whenever the keys are read again.
 func (p *front) oneTenant() error {
+	p.config.Slots = nil
 	if p.tenants == nil {
 		return nil
 	}

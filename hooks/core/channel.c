@@ -2,7 +2,7 @@
  * The data plane: one frame out, one frame back, over shared memory with futexes or over a socket.
  * One frame is in flight at a time; threads of the engine take turns.
  */
-#include "kvs.h"
+#include "meter.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -19,10 +19,9 @@
 #include <unistd.h>
 
 #define FRAME_MAGIC 0x4653564bu /* "KVSF" */
-#define FRAME_VERSION 2
+#define FRAME_VERSION 3
 #define SHM_MAGIC 0x4d53564bu /* "KVSM" */
 #define PAGE 4096
-#define BUCKETS 160 /* 8 per power of two of nanoseconds, from 1024 ns up */
 
 enum { TRANSPORT_SHM = 1, TRANSPORT_SOCKET = 2 };
 enum { FRAME_INVERT = 1, FRAME_REPLY = 2, FRAME_ERROR = 3, FRAME_ANSWER = 14 };
@@ -34,7 +33,8 @@ struct frame_header {
     uint32_t model, layer, rows, row_bytes;
     uint64_t sequence;
     uint32_t payload, status;
-    uint8_t reserved[24];
+    uint64_t enclave_ns; /* of an answer: what it took to make */
+    uint8_t reserved[16];
 };
 _Static_assert(sizeof(struct frame_header) == 64, "the frame header is 64 bytes on the wire");
 
@@ -45,13 +45,8 @@ struct control {
     _Atomic uint32_t enclave_sleeps;
     _Alignas(64) _Atomic uint32_t reply;          /* futex: counts replies */
     _Atomic uint32_t engine_sleeps;
-    _Alignas(64) _Atomic uint64_t transitions;
-    _Atomic uint64_t nanoseconds, bytes;
-    _Alignas(64) _Atomic uint64_t histogram[BUCKETS];
 };
-_Static_assert(offsetof(struct control, request) == 64 && offsetof(struct control, reply) == 128 &&
-                   offsetof(struct control, transitions) == 192 && offsetof(struct control, nanoseconds) == 200 &&
-                   offsetof(struct control, bytes) == 208 && offsetof(struct control, histogram) == 256,
+_Static_assert(offsetof(struct control, request) == 64 && offsetof(struct control, reply) == 128,
                "the control block is laid out as docs/protocol.md says");
 _Static_assert(sizeof(struct control) <= PAGE, "the control block is one page");
 
@@ -65,13 +60,6 @@ static struct {
     struct frame_header *request, *reply;
     uint8_t *request_rows, *reply_rows;
 } channel = {.turn = PTHREAD_MUTEX_INITIALIZER, .fd = -1};
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 static void attach_shm(int fd)
 {
@@ -103,11 +91,9 @@ static void attach_socket(int fd)
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
     setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
     channel.fd = fd;
-    struct control *statistics = calloc(1, sizeof *statistics);
     uint8_t *both = malloc(2 * (sizeof(struct frame_header) + channel.capacity));
-    if (!both || !statistics)
+    if (!both)
         kvs_die("out of memory");
-    channel.control = statistics;
     channel.request = (struct frame_header *)(void *)both;
     channel.request_rows = both + sizeof *channel.request;
     channel.reply = (struct frame_header *)(void *)(both + sizeof *channel.request + channel.capacity);
@@ -160,14 +146,14 @@ static void pause_cpu(void)
 static bool wait_reply(uint32_t before, int64_t start)
 {
     struct control *c = channel.control;
-    for (int64_t end = start + channel.spin_ns; now_ns() < end; pause_cpu())
+    for (int64_t end = start + channel.spin_ns; kvs_now_ns() < end; pause_cpu())
         if (atomic_load_explicit(&c->reply, memory_order_acquire) != before)
             return true;
 
     int64_t deadline = start + (int64_t)channel.timeout_ms * 1000000;
     atomic_store(&c->engine_sleeps, 1);
     while (atomic_load(&c->reply) == before) {
-        int64_t left = deadline - now_ns();
+        int64_t left = deadline - kvs_now_ns();
         if (left <= 0)
             return false;
         struct timespec t = {left / 1000000000, left % 1000000000};
@@ -184,7 +170,7 @@ static bool exchange_shm(void)
     atomic_fetch_add(&c->request, 1);
     if (atomic_load(&c->enclave_sleeps))
         futex_wake(&c->request);
-    return wait_reply(before, now_ns());
+    return wait_reply(before, kvs_now_ns());
 }
 
 /* --- socket --- */
@@ -270,28 +256,10 @@ static void error_text(const struct frame_header *got, char *text, size_t len)
         snprintf(text, len, "error %u", got->status);
 }
 
-static size_t bucket(int64_t ns)
-{
-    if (ns < 1024)
-        return 0;
-    unsigned power = 63 - (unsigned)__builtin_clzll((unsigned long long)ns);
-    size_t index = (power - 10) * 8 + ((size_t)(ns >> (power - 3)) & 7);
-    return index < BUCKETS ? index : BUCKETS - 1;
-}
-
-static void record(int64_t ns, size_t bytes)
-{
-    struct control *c = channel.control;
-    atomic_fetch_add_explicit(&c->transitions, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&c->nanoseconds, (uint64_t)ns, memory_order_relaxed);
-    atomic_fetch_add_explicit(&c->bytes, bytes, memory_order_relaxed);
-    atomic_fetch_add_explicit(&c->histogram[bucket(ns)], 1, memory_order_relaxed);
-}
-
 void kvs_channel_transition(const struct kvs_frame *f, kvs_rows_get get, kvs_rows_put put, void *user)
 {
     pthread_mutex_lock(&channel.turn);
-    int64_t start = now_ns();
+    int64_t start = kvs_now_ns();
     struct frame_header want = {.type = FRAME_INVERT,
                                 .model = f->model,
                                 .layer = f->layer,
@@ -303,7 +271,7 @@ void kvs_channel_transition(const struct kvs_frame *f, kvs_rows_get get, kvs_row
     if (got.type == FRAME_ERROR)
         kvs_die("the enclave refused layer %u of model %u (error %u)", want.layer, want.model, got.status);
     put(user, channel.reply_rows, want.payload);
-    record(now_ns() - start, want.payload);
+    kvs_meter_transition(want.layer, start, kvs_now_ns() - start, got.enclave_ns, want.payload);
     pthread_mutex_unlock(&channel.turn);
 }
 
@@ -315,7 +283,8 @@ size_t kvs_channel_capacity(void)
 uint8_t *kvs_channel_begin(struct kvs_call *call)
 {
     pthread_mutex_lock(&channel.turn);
-    call->start = now_ns();
+    call->start = kvs_now_ns();
+    call->enclave_ns = call->sent = 0;
     call->capacity = channel.capacity;
     call->refusal[0] = 0;
     return channel.request_rows;
@@ -330,6 +299,8 @@ const uint8_t *kvs_channel_try(struct kvs_call *call)
         return NULL;
     }
     call->answer = got.payload;
+    call->enclave_ns += got.enclave_ns;
+    call->sent += call->payload;
     return channel.reply_rows;
 }
 
@@ -343,7 +314,8 @@ const uint8_t *kvs_channel_call(struct kvs_call *call)
 
 void kvs_channel_end(const struct kvs_call *call)
 {
-    if (call->type == KVS_ATTEND)
-        record(now_ns() - call->start, call->payload);
+    if (call->type == KVS_ATTEND || call->type == KVS_BATCH)
+        kvs_meter_transition(call->type == KVS_ATTEND ? call->layer : KVS_NO_LAYER, call->start, kvs_now_ns() - call->start,
+                             call->enclave_ns, call->sent);
     pthread_mutex_unlock(&channel.turn);
 }

@@ -283,6 +283,7 @@ struct kvs_call {
     uint32_t type, id, layer, payload;
     uint32_t capacity, answer; /* bytes that fit; bytes that came back */
     int64_t start;
+    uint64_t enclave_ns, sent; /* what the enclave took for it, and bytes, over all its frames */
     char refusal[513];
 };
 /* Takes the data plane and returns where the body goes; _try or _call sends it and returns the answer's body, _end gives the

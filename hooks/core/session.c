@@ -2,7 +2,7 @@
  * The session socket: hello, one open per model, and the supervisor's word to stop. A thread of the hook
  * reads it all the time, so that an engine that is idle ends as well when the supervisor is gone.
  */
-#include "kvs.h"
+#include "meter.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -17,12 +17,12 @@
 #include <unistd.h>
 
 #define MAGIC 0x5353564bu /* "KVSS" */
-#define VERSION 5
+#define VERSION 6
 #define MESSAGE_MAX 8192
 
 #define REFUSAL_MAX 512
 
-enum { HELLO = 1, WELCOME, OPEN, OPENED, REFUSED, FATAL, STOP, DUMP, DUMPED };
+enum { HELLO = 1, WELCOME, OPEN, OPENED, REFUSED, FATAL, STOP, DUMP, DUMPED, METER };
 enum { MAY_DUMP = 1, OBSERVE = 2, RESIDENT = 4, SCRUB = 8 }; /* flags of WELCOME */
 enum { FIXED_HEADS = 1 };                                      /* of OPENED */
 
@@ -207,6 +207,10 @@ static void *reader(void *arg)
             kvs_die("refused: %.*s", (int)m.h.length, (const char *)m.body);
         if (m.h.type == DUMP) {
             want_dump(&m);
+            continue;
+        }
+        if (m.h.type == METER) {
+            kvs_meter_attach(m.fd);
             continue;
         }
         welcome = true;

@@ -29,10 +29,6 @@ const (
 	offEnclaveSleeps = 68
 	offReply         = 128
 	offEngineSleeps  = 132
-	offTransitions   = 192
-	offNanoseconds   = 200
-	offBytes         = 208
-	offHistogram     = 256
 )
 
 // DefaultCapacity is the payload that one frame carries at most, in bytes.
@@ -126,7 +122,6 @@ func (r *Region) Close() error { return unix.Munmap(r.memory) }
 func (r *Region) Capacity() uint32 { return r.capacity }
 
 func (r *Region) word(off int) *uint32 { return (*uint32)(unsafe.Pointer(&r.memory[off])) }
-func (r *Region) long(off int) *uint64 { return (*uint64)(unsafe.Pointer(&r.memory[off])) }
 func (r *Region) requestFrame() []byte { return r.memory[page:][:frame.HeaderSize] }
 func (r *Region) replyFrame() []byte   { return r.memory[2*page+int(r.capacity):][:frame.HeaderSize] }
 func (r *Region) requestRows() []byte  { return r.memory[page+frame.HeaderSize:][:r.capacity] }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/kvshield/kvshield/enclave"
 	"github.com/kvshield/kvshield/hooks/frame"
@@ -23,6 +24,13 @@ var errNoStore = errors.New("this enclave keeps no cache for this engine")
 
 // answer does what a request asks and returns the header to send back, with its payload in out.
 func (t *Target) answer(request frame.Header, err error, in, out []byte) frame.Header {
+	start := time.Now()
+	reply := t.reply(request, err, in, out)
+	reply.Worked = uint64(time.Since(start))
+	return reply
+}
+
+func (t *Target) reply(request frame.Header, err error, in, out []byte) frame.Header {
 	reply := frame.Header{Type: frame.Answer, Model: request.Model, Layer: request.Layer, Sequence: request.Sequence}
 	if err != nil {
 		return t.refuse(reply, frame.StatusMalformed, err, out)

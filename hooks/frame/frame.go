@@ -15,7 +15,7 @@ import (
 const HeaderSize = 64
 
 // Version of the frame and of the shared memory's control block.
-const Version = 2
+const Version = 3
 
 const magic = 0x4653564b // "KVSF"
 
@@ -61,6 +61,7 @@ type Header struct {
 	Sequence uint64 // of the request; a reply carries its request's
 	Payload  uint32 // bytes that follow the header: Rows * RowBytes where there are rows
 	Status   uint32 // of an Error
+	Worked   uint64 // of what the enclave sends: nanoseconds that it took, for information
 }
 
 // ErrMalformed is wrapped by every error of Decode.
@@ -84,7 +85,8 @@ func (h Header) Encode(dst []byte) {
 	le.PutUint64(dst[24:], h.Sequence)
 	le.PutUint32(dst[32:], h.Payload)
 	le.PutUint32(dst[36:], h.Status)
-	clear(dst[40:HeaderSize])
+	le.PutUint64(dst[40:], h.Worked)
+	clear(dst[48:HeaderSize])
 }
 
 // Decode reads a header and checks that its lengths agree with each other and with capacity, the most
@@ -109,8 +111,9 @@ func Decode(src []byte, capacity uint32) (Header, error) {
 		Sequence: le.Uint64(src[24:]),
 		Payload:  le.Uint32(src[32:]),
 		Status:   le.Uint32(src[36:]),
+		Worked:   le.Uint64(src[40:]),
 	}
-	for _, b := range src[40:HeaderSize] {
+	for _, b := range src[48:HeaderSize] {
 		if b != 0 {
 			return Header{}, malformed("reserved bytes are not zero")
 		}

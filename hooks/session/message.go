@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the session socket's messages.
-const Version = 5
+const Version = 6
 
 const (
 	magic      = 0x5353564b // "KVSS"
@@ -34,6 +34,7 @@ const (
 	typeStop    Type = 7
 	typeDump    Type = 8
 	typeDumped  Type = 9
+	typeMeter   Type = 10
 )
 
 // Transport of the data plane.

@@ -24,6 +24,14 @@ type Peer struct {
 
 func (p *Peer) refuse(err error) error { return p.write(text(typeRefused, err.Error()), nil) }
 
+func (p *Peer) meter(file *os.File) error {
+	if file == nil {
+		return nil
+	}
+	defer file.Close()
+	return p.write(encode(typeMeter, nil), file)
+}
+
 func (p *Peer) write(b []byte, file *os.File) error {
 	p.send.Lock()
 	defer p.send.Unlock()

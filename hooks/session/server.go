@@ -28,6 +28,12 @@ type Handler interface {
 	Gone(p *Peer)
 }
 
+// Metered is a Handler that has a hook count into a meter's memory. The file is sent to the peer after its welcome, and then
+// closed; nil: the hook counts nothing.
+type Metered interface {
+	Meter(p *Peer) *os.File
+}
+
 // Server is the supervisor's end of the session socket.
 type Server struct {
 	Path     string
@@ -159,6 +165,9 @@ func (s *Server) attend(ctx context.Context, p *Peer) error {
 	err = p.write(welcome.encode(), file)
 	if file != nil {
 		file.Close()
+	}
+	if m, ok := s.handler.(Metered); ok && err == nil {
+		err = p.meter(m.Meter(p))
 	}
 	for err == nil {
 		err = s.next(ctx, p)

@@ -18,7 +18,7 @@ import (
 	"time"
 
 	"github.com/kvshield/kvshield/adapters/supervisor"
-	"github.com/kvshield/kvshield/hooks/dataplane"
+	"github.com/kvshield/kvshield/hooks/meter"
 )
 
 // Shield is what one shielded measurement runs under: a [supervisor.Supervisor].
@@ -26,7 +26,7 @@ type Shield interface {
 	Environment(base []string) []string
 	EnclavePID() int
 	Events() supervisor.Events
-	Statistics() dataplane.Statistics
+	Totals() meter.Totals
 	Close()
 }
 

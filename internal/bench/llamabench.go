@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/kvshield/kvshield/hooks/dataplane"
+	"github.com/kvshield/kvshield/hooks/meter"
 	"github.com/kvshield/kvshield/internal/forker"
 )
 
@@ -36,7 +36,7 @@ type result struct {
 // speed is one measurement with llama-bench.
 type speed struct {
 	result
-	transitions dataplane.Statistics
+	transitions meter.Totals
 }
 
 // parseResults reads the rows that llama-bench printed, skipping lines that are no JSON objects.
@@ -98,7 +98,7 @@ func (c *Config) measureSpeed(ctx context.Context, shield Shield, prompt, genera
 	}
 	s := speed{result: r}
 	if shield != nil {
-		s.transitions = shield.Statistics()
+		s.transitions = shield.Totals()
 	}
 	return s, nil
 }

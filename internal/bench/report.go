@@ -4,7 +4,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/kvshield/kvshield/hooks/dataplane"
+	"github.com/kvshield/kvshield/hooks/meter"
 )
 
 // Version of the JSON structure. It grows when a field changes its meaning or goes; new fields leave it as it is.
@@ -116,7 +116,7 @@ func (c *Config) report(m *measurements) *Report {
 }
 
 func speedOf(pairs []pair[speed], tokens int) Speed {
-	var sum dataplane.Statistics
+	var sum meter.Totals
 	for _, p := range pairs {
 		sum.Add(p.shielded.transitions)
 	}
@@ -124,12 +124,12 @@ func speedOf(pairs []pair[speed], tokens int) Speed {
 		PerSecond: compare(pairs, func(s speed) float64 { return s.PerSecond })}
 }
 
-func transitionsOf(s dataplane.Statistics) Transitions {
+func transitionsOf(s meter.Totals) Transitions {
 	if s.Transitions == 0 {
 		return Transitions{}
 	}
 	n := float64(s.Transitions)
-	return Transitions{Count: s.Transitions, Bytes: float64(s.Bytes) / n, Mean: micros(s.Total) / n,
+	return Transitions{Count: s.Transitions, Bytes: float64(s.Bytes) / n, Mean: micros(s.Wait) / n,
 		P50: micros(s.Quantile(0.50)), P99: micros(s.Quantile(0.99))}
 }
 

@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/kvshield/kvshield/hooks/dataplane"
+	"github.com/kvshield/kvshield/hooks/meter"
 )
 
 func TestSpread(t *testing.T) {
@@ -50,8 +50,8 @@ func TestCompareTakesRatiosPairByPair(t *testing.T) {
 	}
 }
 
-func statistics(n uint64, total time.Duration, bytes uint64) dataplane.Statistics {
-	s := dataplane.Statistics{Transitions: n, Total: total, Bytes: bytes}
+func statistics(n uint64, total time.Duration, bytes uint64) meter.Totals {
+	s := meter.Totals{Transitions: n, Wait: total, Bytes: bytes}
 	s.Histogram[0] = n
 	return s
 }
@@ -65,7 +65,7 @@ func TestTransitionsOfAPhaseAreAddedUp(t *testing.T) {
 	if s.Transitions != want {
 		t.Errorf("got %+v, want %+v", s.Transitions, want)
 	}
-	if got := transitionsOf(dataplane.Statistics{}); got != (Transitions{}) {
+	if got := transitionsOf(meter.Totals{}); got != (Transitions{}) {
 		t.Errorf("of nothing: %+v", got)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/kvshield/kvshield/adapters/supervisor"
 	"github.com/kvshield/kvshield/hooks/dataplane"
 	"github.com/kvshield/kvshield/hooks/session"
+	"github.com/kvshield/kvshield/telemetry/logs"
 )
 
 // The modes.
@@ -43,11 +44,12 @@ func usagef(format string, a ...any) error { return UsageError{Err: fmt.Errorf(f
 // Options of every shielded run.
 type Options struct {
 	Mode, DataPlane, RuntimeDir string
+	Failed                      func(at time.Time, message string) // is told of what loggers warn of; may be nil
 
-	tee, enclave, hook, spin, logLevel string
-	capacity                           int
-	timeout                            time.Duration
-	resident                           residentOptions
+	tee, enclave, hook, spin, logLevel, logFormat string
+	capacity                                      int
+	timeout                                       time.Duration
+	resident                                      residentOptions
 }
 
 // RegisterMode makes the flag that chooses the mode.
@@ -65,6 +67,7 @@ func (o *Options) Register(f *pflag.FlagSet) {
 	f.StringVar(&o.spin, "spin", "auto", "how long each end of the data plane spins before it sleeps, such as 20us (auto: 0 on few cores)")
 	f.DurationVar(&o.timeout, "enclave-timeout", 10*time.Second, "how long an engine waits for the enclave before it is ended")
 	f.StringVar(&o.logLevel, "log-level", "warn", "debug, info, warn or error")
+	f.StringVar(&o.logFormat, "log-format", logs.Text, "text or json: how log lines are written")
 	f.StringVar(&o.RuntimeDir, "runtime-dir", "", "directory below which this run keeps its sockets (default: the user's runtime directory, or that for temporary files)")
 	o.resident.register(f)
 }
@@ -77,13 +80,17 @@ func CheckMode(mode string) error {
 	return usagef("there is no mode %q; use --mode %s", mode, strings.Join(Modes, ", "))
 }
 
-// Logger writes text lines to standard error.
+// Logger writes to standard error.
 func (o *Options) Logger() (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
 		return nil, usagef("there is no log level %q; use debug, info, warn or error", o.logLevel)
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})), nil
+	log, err := logs.New(os.Stderr, o.logFormat, level, o.Failed)
+	if err != nil {
+		return nil, usagef("%v", err)
+	}
+	return log, nil
 }
 
 // Config is the supervisor that the flags describe.

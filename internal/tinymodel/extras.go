@@ -2,6 +2,7 @@ package tinymodel
 
 import (
 	"fmt"
+	"maps"
 	"regexp"
 	"strings"
 )
@@ -198,36 +199,49 @@ const (
 	rotated     = "rope.dimension_count"
 )
 
+// experts are keys that some engines ask for by their consequences only.
+var experts = []any{"expert_count", uint32(4), "expert_used_count", uint32(4), "expert_feed_forward_length", uint32(64)}
+
 // extras is where optional parts of an architecture are listed.
 var extras = map[string]extra{
-	"llama":        {global: map[string][]int64{"rope_freqs.weight": {16}}},
-	"qwen":         kv(headCountKV, uint32(heads)),
-	"qwen2":        {perLayer: qkvBias},
-	"qwen2moe":     {perLayer: qkvBias},
-	"qwen2vl":      {perLayer: qkvBias},
-	"gemma":        kv("attention.key_length", uint32(256), "attention.value_length", uint32(256), headCountKV, uint32(1)),
-	"gemma2":       kv("attn_logit_softcapping", float32(2), "final_logit_softcapping", float32(30), "attention.key_length", uint32(48), "attention.value_length", uint32(48)),
-	"gemma3n":      kv("block_count", uint32(22), "attention.shared_kv_layers", uint32(2)),
-	"gptneox":      kv(headCountKV, uint32(heads), rotated, uint32(8)),
-	"gpt2":         kv(headCountKV, uint32(heads)),
-	"phi2":         kv(headCountKV, uint32(heads), rotated, uint32(16)),
-	"mpt":          kv(headCountKV, uint32(heads), "attention.max_alibi_bias", float32(8)),
-	"bloom":        kv(headCountKV, uint32(heads)),
-	"starcoder":    kv(headCountKV, uint32(1)),
-	"falcon":       kv(headCountKV, uint32(1)),
-	"stablelm":     kv(rotated, uint32(8)),
-	"olmoe":        kv(headCountKV, uint32(heads)),
-	"dots1":        kv(headCountKV, uint32(heads), "expert_gating_func", uint32(2)),
-	"t5":           kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
-	"t5encoder":    kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
-	"minimax-m2":   kv("expert_gating_func", uint32(2)),
-	"smallthinker": kv("expert_gating_func", uint32(2)),
-	"paddleocr":    kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
-	"hunyuan_vl":   kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
-	"rwkv6qwen2":   kv("token_shift_count", uint32(1)),
-	"arwkv7":       kv("token_shift_count", uint32(1)),
-	"gemma3":       kv("block_count", uint32(7), "attention.sliding_window", uint32(window), "rope.freq_base", float32(1e6)),
-	"openelm":      kv("attention.head_count", []uint32{2, 4, 4, 8}, headCountKV, []uint32{1, 2, 4, 4}, "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
+	"afmoe":            kv("attention.sliding_window", uint32(window)),
+	"laguna":           {perLayer: map[string][]int64{"attn_gate.weight": {width, heads}}},
+	"pockettts":        {perLayer: map[string][]int64{"attn_qkv.weight": {width, width + 2*headsKV*32}}},
+	"jina-bert-v2":     {keys: map[string]any{"tokenizer.ggml.token_type_count": uint32(2)}, perLayer: map[string][]int64{"ffn_up.weight": {width, inner}}},
+	"maion-coder":      kv("attention.sliding_window", uint32(window), "attention.sliding_window_pattern", alternating(layers)),
+	"graniteswitch":    kv("adapters.token_ids_activate", []int32{5}, "adapters.token_ids_substitute", []int32{6}),
+	"qwen35moe":        kv(experts...),
+	"qwen4exp":         kv(experts...),
+	"llama":            {global: map[string][]int64{"rope_freqs.weight": {16}}},
+	"qwen":             kv(headCountKV, uint32(heads)),
+	"qwen2":            {perLayer: qkvBias},
+	"qwen2moe":         {perLayer: qkvBias},
+	"qwen2vl":          {perLayer: qkvBias},
+	"gemma":            kv("attention.key_length", uint32(256), "attention.value_length", uint32(256), headCountKV, uint32(1)),
+	"gemma2":           kv("attn_logit_softcapping", float32(2), "final_logit_softcapping", float32(30), "attention.key_length", uint32(48), "attention.value_length", uint32(48)),
+	"gemma3n":          kv("block_count", uint32(22), "attention.shared_kv_layers", uint32(2)),
+	"gptneox":          kv(headCountKV, uint32(heads), rotated, uint32(8)),
+	"gpt2":             kv(headCountKV, uint32(heads)),
+	"phi2":             kv(headCountKV, uint32(heads), rotated, uint32(16)),
+	"mpt":              kv(headCountKV, uint32(heads), "attention.max_alibi_bias", float32(8)),
+	"bloom":            kv(headCountKV, uint32(heads)),
+	"starcoder":        kv(headCountKV, uint32(1)),
+	"falcon":           kv(headCountKV, uint32(1)),
+	"stablelm":         kv(rotated, uint32(8)),
+	"olmoe":            kv(headCountKV, uint32(heads)),
+	"dots1":            kv(headCountKV, uint32(heads), "expert_gating_func", uint32(2)),
+	"t5":               kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
+	"t5encoder":        {keys: map[string]any{headCountKV: uint32(heads), "attention.key_length": uint32(32), "attention.value_length": uint32(32)}, global: map[string][]int64{"enc.blk.0.attn_rel_b.weight": {heads, 8}}},
+	"gemma-embedding":  kv("attention.sliding_window", uint32(window), "block_count", uint32(7)),
+	"gemma-embedding2": kv("attention.sliding_window", uint32(window), "attention.sliding_window_pattern", alternating(layers)),
+	"minimax-m2":       kv("expert_gating_func", uint32(2)),
+	"smallthinker":     kv("expert_gating_func", uint32(2)),
+	"paddleocr":        kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
+	"hunyuan_vl":       kv("rope.dimension_sections", []int32{4, 6, 6, 0}),
+	"rwkv6qwen2":       kv("token_shift_count", uint32(1)),
+	"arwkv7":           kv("token_shift_count", uint32(1)),
+	"gemma3":           kv("block_count", uint32(7), "attention.sliding_window", uint32(window), "rope.freq_base", float32(1e6)),
+	"openelm":          kv("attention.head_count", []uint32{2, 4, 4, 8}, headCountKV, []uint32{1, 2, 4, 4}, "attention.key_length", uint32(32), "attention.value_length", uint32(32)),
 	"phi3": {perLayer: map[string][]int64{"attn_qkv.weight": {width, width + 2*headsKV*32}},
 		global: map[string][]int64{"rope_factors_long.weight": {16}, "rope_factors_short.weight": {16}},
 		keys:   map[string]any{"rope.scaling.original_context_length": uint32(512)}},
@@ -258,8 +272,22 @@ var latent = map[string]any{"attention.key_length": uint32(64 + 16), "attention.
 	"rope.dimension_count": uint32(16), "attention.head_count_kv": uint32(1), "expert_count": uint32(4), "expert_used_count": uint32(4),
 	"leading_dense_block_count": uint32(1)}
 
+// latentWith is MLA with more, or other, keys.
+func latentWith(pairs ...any) extra {
+	x := extra{keys: maps.Clone(latent)}
+	maps.Copy(x.keys, kv(pairs...).keys)
+	return x
+}
+
+const (
+	sigmoid      = 2 // how experts are chosen
+	sqrtSoftplus = 4
+	// indexed is the length of an indexer's keys. Engines turn them by a Hadamard matrix, for which 32 is too short.
+	indexed = 64
+)
+
 func init() {
-	for _, name := range []string{"deepseek2", "deepseek32", "glm-dsa", "mistral4"} {
+	for _, name := range []string{"deepseek2", "mistral4"} {
 		extras[name] = extra{keys: latent}
 	}
 	// MLA whose projections are not absorbed caches keys and values for every head.
@@ -268,10 +296,40 @@ func init() {
 	}
 	extras["deepseek2-ocr"] = kv(headCountKV, uint32(heads), "attention.key_length", uint32(32), "attention.value_length", uint32(32), rotated, uint32(32))
 	extras["grovemoe"] = kv("expert_used_count", uint32(2), "experts_per_group", uint32(2))
-	// Layers without heads for keys and values are the recurrent ones.
-	for _, name := range []string{"granitehybrid", "nemotron_h", "nemotron_h_moe", "lfm2", "lfm2moe", "minimax-01"} {
+	sparse()
+	hybrid()
+}
+
+// sparse are architectures with MLA, of which most choose the cells that they look at by an indexer.
+func sparse() {
+	gate, indexer := []any{"expert_gating_func", uint32(sigmoid)}, []any{"attention.indexer.key_length", uint32(indexed)}
+	extras["hy_v4"] = latentWith(gate...)
+	extras["deepseek32"] = latentWith(append(gate, indexer...)...)
+	extras["glm-dsa"] = latentWith(append(gate, indexer...)...)
+	extras["dots3note"] = latentWith(append(append(gate, indexer...), "attention.indexer.types", []bool{true, true, true, true},
+		"attention.key_length", uint32(64), "attention.value_length", uint32(48), "attention.kv_lora_rank", uint32(48),
+		"attention.key_length_swa", uint32(64), "attention.value_length_swa", uint32(48), "attention.kv_lora_rank_swa", uint32(48),
+		"rope.dimension_count_swa", uint32(16))...)
+	extras["deepseek4"] = kv("attention.compress_ratios", []uint32{0, 4, 128, 4}, "expert_gating_func", uint32(sqrtSoftplus), headCountKV, uint32(1))
+	x := extras["glm-dsa"]
+	x.perLayer = map[string][]int64{"indexer.k_norm.weight": {indexed}, "indexer.k_norm.bias": {indexed}, "indexer.proj.weight": {width, 2},
+		"indexer.attn_k.weight": {width, indexed}, "indexer.attn_q_b.weight": {48, 2 * indexed}}
+	extras["glm-dsa"] = x
+}
+
+// hybrid are architectures whose layers without heads for keys and values are recurrent.
+func hybrid() {
+	for _, name := range []string{"granitehybrid", "lfm2", "lfm2moe", "minimax-01", "plamo2", "jamba"} {
 		extras[name] = kv(headCountKV, []uint32{0, headsKV, 0, headsKV})
 	}
+	extras["plamo2"].keys["ssm.group_count"] = uint32(0)
+	for _, name := range []string{"nemotron_h", "nemotron_h_moe"} { // those without a feed-forward either, that is
+		extras[name] = kv(headCountKV, []uint32{0, headsKV, 0, 0}, "feed_forward_length", []uint32{0, 0, inner, inner})
+	}
+	for _, name := range []string{"kimi-linear", "kimi-k3", "bailingmoe3"} {
+		extras[name] = latentWith(headCountKV, []uint32{0, 1, 0, 1})
+	}
+	extras["glm5-next"] = latentWith(headCountKV, []uint32{0, 1, 0, 1}, rotated, uint32(0), "attention.key_length", uint32(64))
 }
 
 // Start is the beginning of a recipe: what every model has, and the extras of its architecture. A name may have a variant behind a

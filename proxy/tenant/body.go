@@ -15,11 +15,13 @@ var errNotObject = errors.New("the body is not a JSON object")
 type body struct {
 	members []byte // ,"name":value for each
 	many    bool   // more than one answer is asked for, which the engine makes in slots of its own choice
+	several bool   // of prompts
+	slot    int    // that the client asked for; -1 for any
 }
 
 // parse reads an object without touching the values, so that numbers and fields that are not known stay what they were.
 func parse(text []byte) (body, error) {
-	var b body
+	b := body{slot: -1}
 	d := json.NewDecoder(bytes.NewReader(text))
 	if t, err := d.Token(); err != nil || t != json.Delim('{') {
 		return b, errNotObject
@@ -34,7 +36,11 @@ func parse(text []byte) (body, error) {
 			return b, errNotObject
 		}
 		if name == "id_slot" || name == "slot_id" {
+			b.slot = number(value)
 			continue
+		}
+		if name == "prompt" {
+			b.several = isList(value)
 		}
 		if name == "n" || name == "n_cmpl" {
 			b.many = b.many || string(value) != "1" && string(value) != "null"
@@ -52,6 +58,22 @@ func parse(text []byte) (body, error) {
 		return b, errNotObject
 	}
 	return b, nil
+}
+
+// number is a slot's, or -1.
+func number(value json.RawMessage) int {
+	n, err := strconv.Atoi(string(value))
+	if err != nil || n < 0 {
+		return -1
+	}
+	return n
+}
+
+// isList is true for a list of prompts: one of numbers is a prompt of tokens.
+func isList(value json.RawMessage) bool {
+	rest, found := bytes.CutPrefix(value, []byte("["))
+	rest = bytes.TrimLeft(rest, " \t\r\n")
+	return found && len(rest) > 0 && (rest[0] == '"' || rest[0] == '[')
 }
 
 // in is the object for a slot.

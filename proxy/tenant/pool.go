@@ -20,7 +20,8 @@ type Pool struct {
 
 	mu      sync.Mutex
 	slots   []*slot
-	engine  int // counts the engines that there have been
+	unknown bool // how many there are
+	engine  int  // counts the engines that there have been
 	clock   int64
 	waiters list.List // of *waiter, in the order in which they came
 }
@@ -31,21 +32,24 @@ type slot struct {
 	owner string
 	busy  bool
 	used  int64
+	had   print // the request that was in it last
 }
 
 type waiter struct {
 	tenant string
 	all    bool
+	wish   *wish // where tenants share: what is asked for instead of a tenant's slot
 	ready  chan *Lease
 }
 
 // Resize tells of an engine that has just started, with so many slots; before one is started it is called with none. Leases for the
-// engine before cannot reach it.
+// engine before cannot reach it. A negative number is an engine that does not say.
 func (p *Pool) Resize(slots int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.engine++
-	p.slots = make([]*slot, slots)
+	p.unknown = slots < 0
+	p.slots = make([]*slot, max(slots, 0))
 	for i := range p.slots {
 		p.slots[i] = &slot{id: i}
 	}
@@ -54,12 +58,15 @@ func (p *Pool) Resize(slots int) {
 
 // Acquire waits for a slot for the tenant, or for all slots.
 func (p *Pool) Acquire(ctx context.Context, tenant string, all bool) (*Lease, error) {
+	return p.wait(ctx, &waiter{tenant: tenant, all: all, ready: make(chan *Lease, 1)})
+}
+
+func (p *Pool) wait(ctx context.Context, w *waiter) (*Lease, error) {
 	if p.Timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, p.Timeout, ErrLate)
 		defer cancel()
 	}
-	w := &waiter{tenant, all, make(chan *Lease, 1)}
 	p.mu.Lock()
 	at := p.waiters.PushBack(w)
 	p.grant()
@@ -81,24 +88,33 @@ func (p *Pool) Acquire(ctx context.Context, tenant string, all bool) (*Lease, er
 	return nil, context.Cause(ctx)
 }
 
-// grant serves those who wait in their order; one who waits for all slots holds up those behind. The caller holds mu.
+// grant serves those who wait in their order; one who waits for all slots holds up those behind, one who waits for a slot by its
+// number does not. The caller holds mu.
 func (p *Pool) grant() {
-	for p.waiters.Len() > 0 {
-		w := p.waiters.Front().Value.(*waiter)
+	var next *list.Element
+	for at := p.waiters.Front(); at != nil; at = next {
+		next = at.Next()
+		w := at.Value.(*waiter)
 		chosen := p.choose(w)
 		if len(chosen) == 0 {
-			return
+			if w.wish == nil || w.wish.slot < 0 {
+				return
+			}
+			continue
 		}
 		p.clock++
 		for _, s := range chosen {
 			s.busy, s.used = true, p.clock
 		}
-		p.waiters.Remove(p.waiters.Front())
+		p.waiters.Remove(at)
 		w.ready <- &Lease{pool: p, engine: p.engine, tenant: w.tenant, slots: chosen, all: w.all, quiet: make(chan struct{}, 1)}
 	}
 }
 
 func (p *Pool) choose(w *waiter) []*slot {
+	if w.wish != nil {
+		return p.place(w.wish)
+	}
 	var best *slot
 	for _, s := range p.slots {
 		if s.busy && w.all {

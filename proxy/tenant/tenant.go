@@ -32,8 +32,10 @@ type Config struct {
 	Pool    *Pool
 	Of      func(context.Context) string        // whose request it is
 	MaxBody int64                               // of a request, which is held in memory; 0: 64 MiB
-	Granted func(ctx context.Context, slot int) // is told which slot a request has, -1 for all
+	Granted func(ctx context.Context, slot int) // is told which slot a request has, AllSlots or AnySlot
 	Flush   http.RoundTripper                   // to the engine, by way of Dialer
+	// Clearing is told of a slot before it is cleared of what another tenant left. It may be nil.
+	Clearing func(ctx context.Context, slot int)
 }
 
 // use of the engine by a path.
@@ -136,11 +138,15 @@ func (c Config) pin(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		return
 	}
 	c.hold(w, r, next, b.many, func(r *http.Request, slot int) {
-		out := b.in(slot) // -1 for any, when all slots are this request's
-		r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(out)), int64(len(out)), nil
-		r.Header.Set("Content-Length", strconv.Itoa(len(out)))
+		replace(r, b.in(slot)) // -1 for any, when all slots are this request's
 		r.Header.Set("Content-Type", "application/json")
 	})
+}
+
+// replace gives a request of our own another body.
+func replace(r *http.Request, text []byte) {
+	r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(text)), int64(len(text)), nil
+	r.Header.Set("Content-Length", strconv.Itoa(len(text)))
 }
 
 func (c Config) read(w http.ResponseWriter, r *http.Request) ([]byte, *reply.Failure) {
@@ -178,15 +184,16 @@ func (c Config) hold(w http.ResponseWriter, r *http.Request, next http.Handler, 
 	r = r.WithContext(withLease(r.Context(), l))
 	for _, id := range l.foreign() {
 		l.own(id, "")
+		if c.Clearing != nil {
+			c.Clearing(r.Context(), id)
+		}
 		if flush(r.Context(), c.Flush, id) != nil {
 			reply.Failure{Message: "a slot of the engine could not be cleared of another key's tokens; send the request again in a moment", Type: reply.Unavailable, Code: http.StatusServiceUnavailable}.WriteRetry(w, retryAfter)
 			return
 		}
 		l.own(id, tenant)
 	}
-	if c.Granted != nil {
-		c.Granted(r.Context(), l.Slot())
-	}
+	c.granted(r.Context(), l.Slot())
 	prepare(r, l.Slot())
 	next.ServeHTTP(w, r)
 }

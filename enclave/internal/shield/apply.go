@@ -7,13 +7,16 @@ import "slices"
 func (p *Permutation) Head(r Role, layer, head int) (from int, rows []uint16) {
 	heads := p.layerHeads(layer)
 	switch r {
-	case Query, Sink:
+	case Query, Sink, Gate, HeadGate:
 		group := p.group(layer)
 		from = int(heads[head/group])*group + head%group
-		if r == Sink {
-			return from, []uint16{0}
+		switch r {
+		case Query:
+			return from, p.rows
+		case Gate:
+			return from, p.valueRows(layer, head/group)
 		}
-		return from, p.rows
+		return from, []uint16{0}
 	case Key:
 		return int(heads[head]), p.rows
 	case HeadNorm:

@@ -10,7 +10,10 @@ import (
 // a cache for one of them after all is stopped by the hook.
 var encoders = map[string]bool{
 	"bert": true, "modern-bert": true, "nomic-bert": true, "nomic-bert-moe": true, "neo-bert": true, "jina-bert-v2": true, "jina-bert-v3": true,
-	"eurobert": true, "t5encoder": true, "gemma-embedding": true, "llama-embed": true,
+	"eurobert": true, "t5encoder": true, "gemma-embedding": true, "gemma-embedding2": true, "llama-embed": true,
+	// Diffusion models compute a whole text anew in each step.
+	"dream": true, "llada": true, "llada-moe": true, "rnd1": true,
+	"wavtokenizer-dec": true, // sounds from codes
 }
 
 // recurrent are beginnings of the names of tensors that work on a state which is carried from token to token.

@@ -106,6 +106,58 @@ func TestSinksFollowTheirHeads(t *testing.T) {
 	}
 }
 
+// A gate is multiplied with the attention output: its rows stand where the numbers of that do.
+func TestGatesFollowTheAttentionOutput(t *testing.T) {
+	d := llama().as("afmoe")
+	d.tensor("blk.0.attn_gate.weight", gguf.F32, 32, 32)
+	d.tensor("blk.1.attn_gate.weight", gguf.F32, 32, 4)
+	p, err := Read([]File{d.build(t, "m.gguf")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := roles(p); n[Gate] != 1 || n[HeadGate] != 1 {
+		t.Errorf("targets %v", n)
+	}
+	perm := draw(t, p.Shape, 8)
+	table, dim := make([]uint16, p.Shape.RowOf(0)), p.Shape.ValueDim
+	perm.Inverse(0, table)
+	for h := range p.Shape.Heads {
+		from, rows := perm.Head(Gate, 0, h)
+		for i, row := range rows {
+			if at := int(table[from*dim+int(row)]); at != h*dim+i {
+				t.Errorf("the gate of number %d of head %d is at %d, the number itself at %d", row, from, h*dim+i, at)
+			}
+		}
+		query, _ := perm.Head(Query, 1, h)
+		if from, rows := perm.Head(HeadGate, 1, h); from != query || len(rows) != 1 {
+			t.Errorf("head %d: gate of head %d, queries of head %d", h, from, query)
+		}
+	}
+}
+
+func TestWhyAnArchitectureIsRefused(t *testing.T) {
+	for want, change := range map[string]func(d *draft){
+		"(MLA)":             func(d *draft) { d.keys["strange.attention.kv_lora_rank"] = uint32(8) },
+		"(M-RoPE)":          func(d *draft) { d.keys["strange.rope.dimension_sections"] = []int32{1, 1, 2, 0} },
+		"an indexer":        func(d *draft) { d.tensor("blk.1.indexer.proj.weight", gguf.F32, 32, 2) },
+		"values of another": func(d *draft) { d.keys["strange.attention.shared_kv_layers"] = uint32(1) },
+		"no norms": func(d *draft) {
+			delete(d.tensors, "blk.0.attn_norm.weight")
+			delete(d.tensors, "blk.0.ffn_norm.weight")
+		},
+		"no values":        func(d *draft) { delete(d.tensors, "blk.0.attn_v.weight") },
+		"does not have it": func(d *draft) {},
+	} {
+		d := llama().as("strange")
+		change(d)
+		_, err := Read([]File{d.build(t, "m.gguf")})
+		var refused *enclave.RefusedError
+		if !errors.As(err, &refused) || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), `"strange" is not supported by mode permute`) {
+			t.Errorf("%v, want a RefusedError with %q", err, want)
+		}
+	}
+}
+
 func TestNoNormIsRefused(t *testing.T) {
 	d := llama().as("qwen2")
 	delete(d.tensors, "blk.0.attn_norm.weight")
@@ -134,10 +186,17 @@ func TestBothModesRefuseOtherStates(t *testing.T) {
 	}
 }
 
-func TestEncodersPass(t *testing.T) {
-	p, err := Read([]File{llama().as("bert").build(t, "m.gguf")})
-	if err != nil || p.Model.Action != enclave.Pass || p.Model.Layers != 2 {
-		t.Errorf("plan %+v, error %v", p, err)
+func TestEncodersKeepNoCache(t *testing.T) {
+	for _, name := range []string{"bert", "dream"} {
+		file := []File{llama().as(name).build(t, "m.gguf")}
+		p, err := Read(file)
+		if err != nil || p.Model.Action != enclave.Pass || p.Model.Layers != 2 {
+			t.Errorf("plan %+v, error %v", p, err)
+		}
+		m, err := Identify(file)
+		if err != nil || m.Action != enclave.Reside || m.CacheFloats != 0 || m.Layers != 2 {
+			t.Errorf("model %+v, error %v", m, err)
+		}
 	}
 }
 

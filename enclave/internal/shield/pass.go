@@ -50,6 +50,9 @@ func Identify(files []File) (enclave.Model, error) {
 	}
 	out.Action = enclave.Reside
 	geometry(&out, files[0])
+	if encoders[out.Architecture] {
+		out.CacheFloats = 0
+	}
 	return out, nil
 }
 

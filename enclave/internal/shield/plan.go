@@ -76,15 +76,10 @@ func Read(files []File) (*Plan, error) {
 // shield fills in what is needed for a language model.
 func (p *Plan) shield(files []File) error {
 	name := p.Model.Architecture
-	arch, err := lookUp(name)
+	m := metadata{file: files[0], prefix: name + "."}
+	arch, err := lookUp(&m, files)
 	if err != nil {
 		return err
-	}
-	m := metadata{file: files[0], prefix: name + "."}
-	for _, key := range otherAttention {
-		if m.has(key) {
-			return enclave.Refuse("key %q: this kind of attention is not supported by mode permute", m.prefix+key)
-		}
 	}
 	if p.Shape = m.shape(arch); m.err != nil {
 		return m.err

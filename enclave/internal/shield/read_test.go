@@ -157,7 +157,7 @@ func TestReadRefused(t *testing.T) {
 		change func(d *draft)
 		want   string
 	}{
-		{"architecture", func(d *draft) { d.keys["general.architecture"] = "mamba" }, `architecture "mamba" is not supported by mode permute; run it in mode resident`},
+		{"architecture", func(d *draft) { d.keys["general.architecture"] = "mamba" }, `architecture "mamba" is not supported by mode permute, whose table of architectures does not have it; run it in mode resident`},
 		{"label is not enough", func(d *draft) {
 			d.keys["general.architecture"], d.keys["general.type"] = "qwen2vl", "mmproj"
 		}, `architecture "qwen2vl"`},

@@ -55,8 +55,10 @@ func (s Shape) HeadRows(r Role, layer int) (heads, rows int) {
 		return n.KV, s.KeyDim
 	case HeadNorm:
 		return 1, s.KeyDim
-	case Sink:
+	case Sink, HeadGate:
 		return n.Heads, 1
+	case Gate:
+		return n.Heads, s.ValueDim
 	}
 	return n.KV, s.ValueDim
 }

@@ -3,8 +3,6 @@ package shield
 import (
 	"slices"
 	"strings"
-
-	"github.com/kvshield/kvshield/enclave"
 )
 
 // Role is what the rows of a tensor are.
@@ -17,6 +15,8 @@ const (
 	Value
 	HeadNorm // one head's rows, of queries or keys: the norm that is applied to every head before it is rotated
 	Sink     // one number for every query head
+	Gate     // the rows of all query heads that the attention output is multiplied with, number by number
+	HeadGate // one row for every query head, for all of its numbers
 )
 
 // architecture is everything that shielding has to know about one.
@@ -35,15 +35,10 @@ type architecture struct {
 	factors string
 	// sinks says that every query head may have an attention sink.
 	sinks bool
+	// gated says that the attention output is multiplied with what attn_gate makes, before it is projected.
+	gated bool
 	// fixedHeads is for attention with a bias that differs from head to head (ALiBi).
 	fixedHeads bool
-}
-
-// otherAttention are keys, without the architecture's name, of other kinds of attention.
-var otherAttention = []string{
-	"attention.q_lora_rank", "attention.kv_lora_rank",
-	"attention.key_length_mla", "attention.value_length_mla",
-	"rope.dimension_sections",
 }
 
 // ownFactors are tensors with a model's own frequency factors.
@@ -76,6 +71,12 @@ func withSinks(a architecture) architecture {
 	return a
 }
 
+// withGate may have a gate behind attention.
+func withGate(a architecture) architecture {
+	a.gated = true
+	return a
+}
+
 // withALiBi gives every head a slope of its own: heads stay where they are.
 func withALiBi(a architecture) architecture {
 	a.fixedHeads = true
@@ -93,6 +94,7 @@ var architectures = map[string]architecture{
 	"granitemoe":     likeLlama(RopeNorm),
 	"arcee":          likeLlama(RopeNorm),
 	"nanbeige":       likeLlama(RopeNorm),
+	"deci":           likeLlama(RopeNorm),
 	"exaone":         likeLlama(RopeNeox),
 	"exaone4":        likeLlama(RopeNeox, headNorms...),
 	"exaone-moe":     likeLlama(RopeNeox, headNorms...),
@@ -110,6 +112,7 @@ var architectures = map[string]architecture{
 	"ernie4_5":       inGraph(RopeNorm),
 	"ernie4_5-moe":   inGraph(RopeNorm),
 	"smollm3":        inGraph(RopeNorm),
+	"pockettts":      inGraph(RopeNorm),
 	"falcon":         inGraph(RopeNeox),
 	"gptneox":        inGraph(RopeNeox),
 	"stablelm":       inGraph(RopeNeox),
@@ -150,7 +153,13 @@ var architectures = map[string]architecture{
 	"plamo3":         inGraph(RopeNeox, headNorms...),
 	"openelm":        inGraph(RopeNeox, headNorms...),
 	"maincoder":      inGraph(RopeNorm, headNorms...),
+	"maion-coder":    inGraph(RopeNeox, headNorms...),
 	"gpt-oss":        withSinks(inGraph(RopeNeox)),
+	"mimo2":          withSinks(inGraph(RopeNeox)),
+	"muse-glimmer":   withGate(inGraph(RopeNorm, headNorms...)),
+	"afmoe":          withGate(inGraph(RopeNeox, headNorms...)),
+	"laguna":         withGate(inGraph(RopeNeox, headNorms...)),
+	"spark2_5":       withGate(inGraph(RopeNeox)),
 	"gemma3":         inGraph(RopeNeox, headNorms...),
 	"dbrx":           inGraph(RopeNeox),
 	"grok":           inGraph(RopeNeox),
@@ -160,14 +169,6 @@ var architectures = map[string]architecture{
 	"bloom":          withALiBi(inGraph(RopeNone)),
 	"refact":         withALiBi(inGraph(RopeNone)),
 	"jais":           withALiBi(inGraph(RopeNone)),
-}
-
-func lookUp(name string) (architecture, error) {
-	a, ok := architectures[name]
-	if !ok {
-		return a, enclave.Refuse("architecture %q is not supported by mode permute; run it in mode resident, or in mode off without protection", name)
-	}
-	return a, nil
 }
 
 func (a architecture) leavesAlone(base string) bool {

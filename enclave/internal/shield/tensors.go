@@ -83,6 +83,8 @@ func (f *finder) layerTensor(file, layer int, name string, t gguf.Tensor) error 
 		return f.fused(file, layer, kind, t)
 	case base == "attn_sinks" && kind == "weight" && f.arch.sinks:
 		return f.bias(Target{File: file, Tensor: t, Layer: layer, Role: Sink, RowBytes: 4})
+	case base == "attn_gate" && kind == "weight" && f.arch.gated:
+		return f.weight(Target{File: file, Tensor: t, Layer: layer, Role: f.gate(layer, t), RowBytes: t.RowBytes()})
 	case slices.Contains(f.arch.norms, base) && kind == "weight":
 		return f.bias(Target{File: file, Tensor: t, Layer: layer, Role: f.normed(base, t), RowBytes: 4})
 	case permuted && kind == "weight":
@@ -95,10 +97,12 @@ func (f *finder) layerTensor(file, layer int, name string, t gguf.Tensor) error 
 	return enclave.Refuse("tensor %q is not supported by mode permute for this architecture", t.Name)
 }
 
+// firstNorms are the first layer's norms that can be a marker.
+var firstNorms = []string{"attn_norm.weight", "post_attention_norm.weight", "ffn_norm.weight"}
+
 // consider takes a norm of the first layer as the marker of a model without frequency factors.
 func (f *finder) consider(file, layer int, name string, t gguf.Tensor) {
-	norm := name == "attn_norm.weight" || name == "post_attention_norm.weight" || name == "ffn_norm.weight"
-	if f.arch.factors == "" && f.marker == nil && layer == 0 && norm && t.Type == gguf.F32 && len(t.Dims) == 1 && t.Dims[0] >= markerFloats {
+	if f.arch.factors == "" && f.marker == nil && layer == 0 && slices.Contains(firstNorms, name) && t.Type == gguf.F32 && len(t.Dims) == 1 && t.Dims[0] >= markerFloats {
 		f.marker = &Marker{file, t}
 	}
 }
@@ -115,6 +119,14 @@ func (f *finder) normed(base string, t gguf.Tensor) Role {
 		return Query
 	}
 	return Key
+}
+
+// gate is what the rows of a gate are: a number for each of the attention output, or one for each query head.
+func (f *finder) gate(layer int, t gguf.Tensor) Role {
+	if t.Rows() == int64(f.shape.In(layer).Heads) {
+		return HeadGate
+	}
+	return Gate
 }
 
 // fused plans a tensor of queries, keys and values, in this order.

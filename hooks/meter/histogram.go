@@ -1,12 +1,9 @@
-// Package telemetry holds the instruments by which kvshield measures what the enclave costs.
-//
-// So far there is one: [Histogram], the latency of transitions as an engine's hook counts it in shared memory.
-package telemetry
+package meter
 
 import "time"
 
 // Buckets of a Histogram: 8 for each power of two of nanoseconds, from 1,024 ns up. The hook counts in the same ones
-// (hooks/core/channel.c).
+// (hooks/core/meter.c).
 const Buckets = 160
 
 // Histogram counts latencies. Its zero value has counted nothing.
