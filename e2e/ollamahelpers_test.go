@@ -90,7 +90,7 @@ func (s *server) createDemo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	answer, err := s.post("/api/create", map[string]any{"model": "demo", "files": map[string]string{"demo.gguf": s.upload(t, model)}, "parameters": map[string]any{"temperature": 0, "num_thread": 1}})
+	answer, err := s.post("/api/create", map[string]any{"model": "demo", "files": map[string]string{"demo.gguf": s.upload(t, model)}, "parameters": map[string]any{"num_thread": 1}})
 	if err != nil || !bytes.Contains(answer, []byte(`"success"`)) {
 		t.Fatalf("create: %s %v", answer, err)
 	}

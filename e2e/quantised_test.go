@@ -17,6 +17,10 @@ func quantise(t *testing.T, model, kind string) string {
 	return out
 }
 
+// roundedWeights bounds the difference of logits: with quantised weights the engine rounds activations, too, and differs from itself by up to
+// 3e-2. Where it has one way of computing attention only (grok), that cannot be asked.
+const roundedWeights = 2e-2
+
 // Tiny models in the kinds that people run. A few have rows of 256 weights, which all quantisations can store; make models runs all, where
 // the quantiser takes another kind for rows that do not fit.
 func TestQuantisedArchitectures(t *testing.T) {
@@ -38,6 +42,9 @@ func TestQuantisedArchitectures(t *testing.T) {
 			for _, kind := range []string{"F16", "Q8_0", "Q4_K_M"} {
 				w := archWays[1]
 				w.name = kind
+				if kind != "F16" {
+					w.bound = roundedWeights
+				}
 				if err == nil {
 					err = runWays(t, table, name, quantise(t, model, kind), long, []way{w})
 				}

@@ -196,7 +196,7 @@ func (t *Telemetry) Attach(c proxy.Config) proxy.Config {
 	if t == nil {
 		return c
 	}
-	c.Observer = observer{t}
+	c.Observer = proxy.Observers{c.Observer, observer{t}}
 	own := page.Handlers(t.snapshot)
 	own["/kvshield/metrics"] = http.HandlerFunc(t.scrape)
 	for path, h := range c.Own {

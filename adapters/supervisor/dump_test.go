@@ -33,7 +33,7 @@ func TestOnlyAnAuditAllowsDumps(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := start(t, func(c *Config) { c.Audit, c.Observe = test.audit, test.observe })
 			p := dial(t, s)
-			p.say(msgHello, "\x01\x00\x00\x000.27", nil)
+			p.hello()
 			body, plane := p.expect(msgWelcome)
 			if len(body) != 20 || body[16:] != test.flags {
 				t.Errorf("welcome % x, want flags % x", body, test.flags)
@@ -61,7 +61,7 @@ func TestNothingIsObservedOutsideAnAudit(t *testing.T) {
 func TestObservedModelsPass(t *testing.T) {
 	s := start(t, func(c *Config) { c.Audit, c.Observe = true, true })
 	p := dial(t, s)
-	p.say(msgHello, "\x01\x00\x00\x000.27", nil)
+	p.hello()
 	p.expect(msgWelcome)
 	p.open(writeModel(t, filepath.Join(t.TempDir(), "m.gguf"), "llama", 1))
 	if body, f := p.expect(msgOpened); body[0] != 2 || f != nil {

@@ -39,22 +39,39 @@ func (s *Supervisor) Hello(ctx context.Context, p *session.Peer, h session.Hello
 		s.adopt(p, &engine{pid: p.PID})
 		return s.welcome(), nil, nil
 	}
+	for end := time.Now().Add(enclaveWithin); ; {
+		file, err := s.greet(ctx, p)
+		if err == nil {
+			s.cfg.Log.Debug("an engine said hello", "pid", p.PID, "ggml", h.Version)
+			return s.welcome(), file, nil
+		}
+		// An enclave that died while it was asked is no reason to turn an engine away: the next one can have it.
+		if gone := (*plugin.GoneError)(nil); !errors.As(err, &gone) && !errors.Is(err, errLost) || time.Now().After(end) || s.ctx.Err() != nil {
+			return session.Welcome{}, nil, err
+		}
+		time.Sleep(enclaveLook)
+	}
+}
+
+// errLost is an enclave that died before an engine was its own.
+var errLost = fmt.Errorf("%w (it died in between)", errNoEnclave)
+
+func (s *Supervisor) greet(ctx context.Context, p *session.Peer) (*os.File, error) {
 	c, err := s.awaitClient(ctx)
 	if err != nil {
-		return session.Welcome{}, nil, err
+		return nil, err
 	}
 	e := &engine{enclave: c, pid: p.PID}
 	file, err := s.attach(ctx, e)
 	if err == nil && !s.adopt(p, e) {
 		file.Close()
-		err = errNoEnclave
+		err = errLost
 	}
 	if err != nil {
 		e.release(s.cfg.Log.Debug)
-		return session.Welcome{}, nil, err
+		return nil, err
 	}
-	s.cfg.Log.Debug("an engine said hello", "pid", p.PID, "ggml", h.Version)
-	return s.welcome(), file, nil
+	return file, nil
 }
 
 func (s *Supervisor) welcome() session.Welcome {

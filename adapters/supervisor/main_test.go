@@ -210,7 +210,7 @@ func dial(t *testing.T, s *Supervisor) peer {
 func greet(t *testing.T, s *Supervisor) (peer, *os.File) {
 	t.Helper()
 	p := dial(t, s)
-	p.say(msgHello, "\x01\x00\x00\x000.27", nil)
+	p.hello()
 	_, f := p.expect(msgWelcome)
 	if f == nil {
 		t.Fatal("a welcome without a data plane")
@@ -219,6 +219,11 @@ func greet(t *testing.T, s *Supervisor) (peer, *os.File) {
 		t.Fatal("no meter")
 	}
 	return p, f
+}
+
+func (p peer) hello() {
+	p.t.Helper()
+	p.say(msgHello, "\x01\x00\x00\x000.27", nil)
 }
 
 func (p peer) say(kind uint16, body string, f *os.File) {

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -274,13 +275,15 @@ func (s *Supervisor) keepEnclave() {
 func (s *Supervisor) loseEnclave() {
 	s.mu.Lock()
 	s.enclave = nil
+	// Those that come meanwhile wait for the next one.
+	peers := slices.Collect(maps.Keys(s.engines))
 	var pids []int
-	for p := range s.engines {
+	for _, p := range peers {
 		pids = append(pids, p.PID)
 	}
 	s.mu.Unlock()
 	s.cfg.Log.Error("the enclave process died; engines that used it are ended", "engines", len(pids))
-	s.server.Stop("the enclave process died; this engine ends because it cannot go on without it")
+	session.Stop("the enclave process died; this engine ends because it cannot go on without it", peers...)
 	time.AfterFunc(killAfter, func() { s.killGreeted(pids) })
 	if s.cfg.EnclaveLost != nil {
 		s.cfg.EnclaveLost()

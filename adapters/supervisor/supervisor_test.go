@@ -96,17 +96,23 @@ func TestEnclaveKilled(t *testing.T) {
 		c.EnclaveBack = func() { back <- struct{}{} }
 	})
 	p, _ := greet(t, s)
+	between := []peer{dial(t, s), dial(t, s)}
 	before := s.EnclavePID()
 	if err := unix.Kill(before, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
+	between[0].hello() // to the dead enclave, or to none
 	why, _ := p.expect(msgStop)
+	between[1].hello()
 	if !strings.HasPrefix(why, "the enclave process died; this engine ends") {
 		t.Errorf("told %q", why)
 	}
 	p.conn.Close() // as the hook does; one that stays is killed, and that would be this process
 	within(t, "EnclaveLost", lost)
 	within(t, "EnclaveBack", back)
+	for _, p := range between { // not told to stop: they get the next enclave
+		p.expect(msgWelcome)
+	}
 	if now := s.EnclavePID(); now == before || now == 0 {
 		t.Errorf("enclave %d, it was %d", now, before)
 	}

@@ -93,10 +93,10 @@ func transient(err error) bool {
 	return false
 }
 
-// Stop tells every engine process to end, and why.
-func (s *Server) Stop(reason string) {
+// Stop tells engine processes to end, and why.
+func Stop(reason string, peers ...*Peer) {
 	var told sync.WaitGroup
-	for _, p := range s.connected() {
+	for _, p := range peers {
 		// Each on its own: one that takes no messages must not keep the others from being told.
 		told.Go(func() { _ = p.write(text(typeStop, reason), nil) })
 	}

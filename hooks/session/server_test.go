@@ -280,14 +280,18 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func TestStopReachesEveryPeerThatListens(t *testing.T) {
+func TestStopReachesThePeersThatItIsFor(t *testing.T) {
 	s := serve(t, &fake{})
-	a, silent, b := greet(t, s), dial(t, s), greet(t, s)
-	eventually(t, "the peers", func() bool { return len(s.connected()) == 3 })
-	s.Stop("the enclave died")
-	for _, h := range []hook{a, b, silent} {
+	a, b := greet(t, s), greet(t, s)
+	eventually(t, "the peers", func() bool { return len(s.connected()) == 2 })
+	old := s.connected()
+	later := greet(t, s)
+	Stop("the enclave died", old...)
+	for _, h := range []hook{a, b} {
 		h.expect(typeStop, "the enclave died", false)
 	}
+	later.say(raw(typeOpen, "bad"), null(t))
+	later.expect(typeRefused, "will not have bad", false)
 }
 
 // A peer that sends and never reads fills its socket; the others must be told nevertheless.
@@ -306,7 +310,7 @@ func TestStopIsNotHeldUpByAPeerThatDoesNotRead(t *testing.T) {
 		}
 	}
 	stopped := make(chan struct{})
-	go func() { s.Stop("now"); close(stopped) }()
+	go func() { Stop("now", s.connected()...); close(stopped) }()
 	good.expect(typeStop, "now", false)
 	within(t, "Stop to return", func() { <-stopped })
 	within(t, "the stuck peer to be dropped", func() { <-f.gone })
