@@ -1,4 +1,4 @@
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2154 # what is to be set, as below
 # Packages of another Debian suite, without touching the system. To be sourced, by a script that has set
 #
 #   packages, suite    what to fetch, and from where
@@ -67,7 +67,6 @@ download_from() {
 }
 
 download() {
-	: "${packages:?}" "${suite:?}" "${work:?}"
 	apt=$work/apt
 	mkdir "$apt"
 	archives >"$work/archives"
