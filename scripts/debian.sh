@@ -5,7 +5,6 @@
 #   work               an empty folder
 #
 # and has say and die. Then `download` leaves the packages in $apt/archives.
-: "${packages:?}" "${suite:?}" "${work:?}"
 
 # archives prints the address of each archive in the machine's configuration. It asks for what an update
 # would fetch, because apt-get indextargets knows nothing before the first update.
@@ -68,6 +67,7 @@ download_from() {
 }
 
 download() {
+	: "${packages:?}" "${suite:?}" "${work:?}"
 	apt=$work/apt
 	mkdir "$apt"
 	archives >"$work/archives"

@@ -23,15 +23,15 @@ ollama=$root/.engine/ollama
 say() { printf 'ollama: %s\n' "$*"; }
 die() { printf 'ollama: %s\n' "$*" >&2; exit 1; }
 
-# shellcheck source=scripts/debian.sh
-. "$here/debian.sh"
-
 headers() {
 	[ ! -d "$ollama/include" ] || return 0
 	work=$(mktemp -d "$ollama/.work.XXXXXX")
 	trap 'rm -rf "$work"' EXIT
 	trap 'exit 130' HUP INT TERM
+	# shellcheck source=scripts/debian.sh
+	. "$here/debian.sh"
 	download
+	# shellcheck disable=SC2154 # apt is set by download
 	for deb in "$apt"/archives/nlohmann-json3-dev_*.deb "$apt"/archives/libstb-dev_*.deb "$apt"/archives/libminiaudio-dev_*.deb; do
 		dpkg-deb -x "$deb" "$work/root"
 	done

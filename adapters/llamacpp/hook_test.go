@@ -3,8 +3,10 @@ package llamacpp_test
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -59,7 +61,9 @@ func TestSupervisorThatHangsUpOnAnIdleServer(t *testing.T) {
 
 func TestWordToStop(t *testing.T) {
 	f, s := serverUnderHook(t)
-	f.server.Stop("the enclave process died")
+	f.mu.Lock()
+	session.Stop("the enclave process died", slices.Collect(maps.Keys(f.ends))...)
+	f.mu.Unlock()
 	select {
 	case <-s.Done():
 	case <-time.After(patience):

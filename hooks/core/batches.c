@@ -115,7 +115,8 @@ struct kvs_cells kvs_graph_cells(const struct kvs_ggml *g, struct ggml_cgraph *g
         const int64_t *ne = kvs_ne(g, cache);
         if (!index || kvs_ne(g, index)[0] <= 0 || kvs_ne(g, index)[0] > TOKENS_MAX || ne[1] <= 0 || ne[2] <= 0)
             break;
-        return (struct kvs_cells){index, (uint32_t)kvs_ne(g, index)[0], (uint32_t)ne[1], (uint32_t)ne[2]};
+        size_t at = g->cache_heads ? 2 : 1; /* where the shape counts cells */
+        return (struct kvs_cells){index, (uint32_t)kvs_ne(g, index)[0], (uint32_t)ne[at], (uint32_t)ne[at + 1]};
     }
     return (struct kvs_cells){0};
 }
