@@ -64,6 +64,11 @@ func TestNothingOfAConversationIsInTelemetry(t *testing.T) {
 	}) {
 		t.Fatalf("not all spans came; %d did\n%s", len(got.Spans()), s.log)
 	}
+	for _, q := range list {
+		if !strings.Contains(s.log.String(), `"trace_id":"`+q.trace+`"`) {
+			t.Errorf("the log has no line about trace %s", q.trace)
+		}
+	}
 	for where, text := range map[string]string{
 		"OTLP": string(got.Raw()), "metrics": s.page(t, "/kvshield/metrics", canaryKey), "status": s.page(t, "/kvshield/status", canaryKey),
 		"events": s.snapshot(t, canaryKey), "log": s.log.String(),

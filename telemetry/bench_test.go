@@ -59,7 +59,7 @@ func (h *hook) Detail(on bool) {
 func (h *hook) compute(tokens int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	now := monotonic()
+	now := monotonicNow()
 	g := meter.Graph{Start: now, End: now + time.Millisecond, Tokens: tokens, Transitions: 3, Bytes: 300, Wait: 300 * time.Microsecond, Enclave: 100 * time.Microsecond, Parts: []meter.Part{{Sequence: 0, Tokens: tokens}}}
 	if n := len(h.detail); n > 0 && h.detail[n-1] {
 		g.Detail = []meter.Transition{{Layer: 1<<32 - 1, Start: now, Wait: time.Microsecond}, {Layer: 0, Start: now, Wait: time.Microsecond}, {Layer: 1, Start: now, Wait: time.Microsecond}}
@@ -73,8 +73,6 @@ func (h *hook) compute(tokens int) {
 type totalsOnly struct{ h *hook }
 
 func (t totalsOnly) Totals() meter.Totals { return t.h.Totals() }
-
-func monotonic() time.Duration { return time.Duration(time.Now().UnixNano()) - newClock().offset }
 
 // bench is a proxy with telemetry before an engine that a test writes.
 type bench struct {
