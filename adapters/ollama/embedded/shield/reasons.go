@@ -6,7 +6,8 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"slices"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -18,36 +19,59 @@ import (
 type reasons struct {
 	next http.RoundTripper
 
-	mu   sync.Mutex
-	said map[string]string // by the runner's port
+	mu    sync.Mutex
+	ports map[int]string    // by the runner's process
+	said  map[string]string // by the runner's port
 }
 
-// ended is called while the process is still there.
+func newReasons() *reasons {
+	return &reasons{next: http.DefaultTransport, ports: map[int]string{}, said: map[string]string{}}
+}
+
+// ended is called when a hook ends its process, which may be gone by now.
 func (r *reasons) ended(pid int, why string) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return
-	}
-	args := strings.Split(string(text), "\x00")
-	i := slices.Index(args, "--port")
-	if i < 0 || i+1 == len(args) {
-		return
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.said[args[i+1]] = why
+	if port, ok := r.ports[pid]; ok {
+		r.said[port] = why
+	}
+}
+
+// answered notes which process a port belongs to, while it is there. Whatever another one that had the port said is over.
+func (r *reasons) answered(port string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, over := r.said[port]; !over && r.process(port) != 0 {
+		return
+	}
+	delete(r.said, port)
+	delete(r.ports, r.process(port))
+	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, path := range lines {
+		text, err := os.ReadFile(path)
+		if err != nil || !strings.Contains(string(text), "\x00--port\x00"+port+"\x00") {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path))); err == nil {
+			r.ports[pid] = port
+		}
+	}
+}
+
+// process that has a port, or 0. The caller holds the lock.
+func (r *reasons) process(port string) int {
+	for pid, p := range r.ports {
+		if p == port {
+			return pid
+		}
+	}
+	return 0
 }
 
 func (r *reasons) of(port string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.said[port]
-}
-
-func (r *reasons) forget(port string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.said, port)
 }
 
 const reasonWithin = time.Second
@@ -70,7 +94,7 @@ func (r *reasons) RoundTrip(req *http.Request) (*http.Response, error) {
 	case req.URL.Hostname() != "127.0.0.1":
 		return resp, err
 	case err == nil:
-		r.forget(port) // another runner has this port now
+		r.answered(port)
 		resp.Body = &body{ReadCloser: resp.Body, reasons: r, port: port}
 		return resp, nil
 	case req.Context().Err() != nil || req.Method != http.MethodPost:

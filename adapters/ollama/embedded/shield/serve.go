@@ -72,7 +72,7 @@ func (s *Server) Start(ctx context.Context) (stop func(), err error) {
 }
 
 func begin(ctx context.Context, mode string, cfg supervisor.Config) (stop func(), err error) {
-	r := &reasons{next: http.DefaultTransport, said: map[string]string{}}
+	r := newReasons()
 	cfg.Ended = r.ended
 	s, err := supervisor.New(ctx, cfg)
 	if err != nil {
