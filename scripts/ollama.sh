@@ -55,8 +55,10 @@ for tool in go gcc g++ make; do
 	command -v "$tool" >/dev/null || die "no $tool on this machine: install it (Debian: apt-get install golang g++ make)"
 done
 headers
-make --no-print-directory -C "$root/adapters/ollama/embedded/hook/link" OUT="$ollama/libkvshook.a" BUILD="$ollama/hook"
 cd "$root/adapters/ollama/embedded"
+go mod download github.com/ollama/ollama
+make --no-print-directory -C hook/link OUT="$ollama/libkvshook.a" BUILD="$ollama/hook" \
+	GGML="$(go list -m -f '{{.Dir}}' github.com/ollama/ollama)/ml/backend/ggml/ggml/include"
 flags="-O3 -march=${OLLAMA_CPU:-native} -I$ollama/include"
 export CGO_ENABLED=1 CGO_CFLAGS="$flags" CGO_CXXFLAGS="$flags"
 if [ "${1-}" = go ]; then exec "$@"; fi

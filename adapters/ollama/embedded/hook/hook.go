@@ -10,6 +10,7 @@ package hook
 // #cgo LDFLAGS: -Wl,--wrap=fileno
 // #cgo LDFLAGS: -Wl,--wrap=mmap
 // #cgo LDFLAGS: -Wl,--wrap=ggml_backend_sched_set_eval_callback
+// #cgo LDFLAGS: -Wl,--wrap=ggml_graph_compute
 // #cgo LDFLAGS: -Wl,--wrap=ggml_backend_sched_graph_compute_async
 // #cgo LDFLAGS: -Wl,--wrap=ggml_backend_sched_alloc_graph
 // #cgo LDFLAGS: -Wl,--wrap=ggml_backend_sched_reserve

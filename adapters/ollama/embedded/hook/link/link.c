@@ -37,6 +37,11 @@ void kvs_link_is(enum kvs_link_engine e)
     engine = e;
 }
 
+bool kvs_link_shields(void)
+{
+    return engine == KVS_LINK_LLAMA || engine == KVS_LINK_OLLAMA;
+}
+
 /* ggml's functions, by address only; where the linker wraps one, the real one. */
 #define PLAIN(X)                                                                                   \
     X(init, ggml_init)                                                                             \
