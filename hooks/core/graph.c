@@ -19,9 +19,9 @@ struct sched_state {
     struct kvs_plan *plan; /* mode resident's; NULL in mode permute */
     bool resident;         /* the graph being computed has steps of the plan */
     struct ggml_cgraph *graph; /* that was understood last; the engine computes it again until it lays out another one */
-    struct kvs_cells cells;    /* of that graph */
-    bool laid_out;             /* another one, since then */
-    bool says_so;              /* the engine lays out graphs through a function that the hook sees */
+    struct kvs_cells cells; /* of that graph */
+    bool laid_out;          /* another one, since then */
+    bool says_so;           /* the engine lays out graphs through a function that the hook sees */
     struct sched_state *link;
 };
 

@@ -118,9 +118,6 @@ func mapFile(f *os.File) (*Region, error) {
 // Close unmaps the region. Serve must have returned.
 func (r *Region) Close() error { return unix.Munmap(r.memory) }
 
-// Capacity of one frame's payload, in bytes.
-func (r *Region) Capacity() uint32 { return r.capacity }
-
 func (r *Region) word(off int) *uint32 { return (*uint32)(unsafe.Pointer(&r.memory[off])) }
 func (r *Region) requestFrame() []byte { return r.memory[page:][:frame.HeaderSize] }
 func (r *Region) replyFrame() []byte   { return r.memory[2*page+int(r.capacity):][:frame.HeaderSize] }
